@@ -1,0 +1,31 @@
+"""The two-line error that users see."""
+
+
+class UserError(Exception):
+    """Report something the user can put right, as what is wrong and what to do.
+
+    Args:
+        message: What is wrong, with the offending value, on one line.
+        hint: What to do about it, a command where there is one.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint:  {self.hint}"
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return `; did you mean X?` for the known name nearest to a mistyped one, or nothing.
+
+    Args:
+        name: What was typed.
+        known: The names that would have been accepted.
+    """
+    import difflib
+
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,120 @@
+"""Families: one FFN form a file, found by structure and never by a list of model names."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from dllm_sparsity import registry
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.sparsity.sites import FFN
+
+_NOT_THE_LM = re.compile(
+    r"vision|visual|audio|self_conditioning|sigma_map|time_?step|adaln|router|connector|multi_modal|lm_head",
+    re.IGNORECASE,
+)
+_BLOCK_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+class Family(ABC):
+    """One form of FFN."""
+
+    @classmethod
+    @abstractmethod
+    def match(cls, name: str, layer: int, module: nn.Module) -> FFN | None:
+        """Return the FFN that a module is, or None.
+
+        Args:
+            name: Path of the module in the model.
+            layer: Index of the numbered block that it stands in.
+            module: The module.
+        """
+
+
+def find_ffns(model: nn.Module) -> list[FFN]:
+    """Find every FFN of a model, in the order of its layers.
+
+    Args:
+        model: Any torch model.
+
+    Raises:
+        UserError: There is none, it has mixture-of-experts layers, or layers share a module that would be hooked.
+    """
+    families = [registry.get("families", name) for name in registry.names("families")]
+    found: list[FFN] = []
+    inside = "\0"
+    for name, module in model.named_modules():
+        number = _BLOCK_NUMBER.search(name)
+        if number is None or _NOT_THE_LM.search(name) or name.startswith(inside):
+            continue
+        if re.search(r"(?:^|\.)experts$", name):
+            raise UserError(f"{name} is a mixture of experts", "mixture-of-experts models are not supported yet")
+        ffn = next((hit for family in families if (hit := family.match(name, int(number[1]), module))), None)
+        if ffn is not None:
+            found.append(ffn)
+            inside = f"{name}."
+    if not found:
+        kind = type(model).__name__
+        raise UserError(
+            f"found no FFN in {kind}", f"known forms: {', '.join(registry.names('families'))}; a new one is one file"
+        )
+    return _numbered(_unshared(found))
+
+
+def _unshared(found: list[FFN]) -> list[FFN]:
+    seen: set[tuple[int, str]] = set()
+    for ffn in found:
+        for site, point in ffn.points.items():
+            if (id(point.module), point.side) in seen:
+                raise UserError(
+                    f"{ffn.name} shares the module of its site {site} with another layer",
+                    "counts of shared layers cannot be told apart; this model is not supported",
+                )
+            seen.add((id(point.module), point.side))
+    return found
+
+
+def _numbered(found: list[FFN]) -> list[FFN]:
+    """Number layers through where two stacks, such as an encoder and a decoder, use the same numbers."""
+    if len({ffn.layer for ffn in found}) == len(found):
+        return sorted(found, key=lambda ffn: ffn.layer)
+    return [FFN(**{**vars(ffn), "layer": number}) for number, ffn in enumerate(found)]
+
+
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
+    """Return (input width, output width) of a linear layer, quantised and wrapped ones included, else None.
+
+    Args:
+        module: A module or None.
+    """
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's, with a transposed weight
+        return module.weight.shape[0], module.nf
+    return None
+
+
+def linear_weight(module: nn.Module) -> Tensor | None:
+    """Return the weight of a linear layer as `[out, in]`, or None where it is packed.
+
+    Args:
+        module: A linear layer.
+    """
+    weight = getattr(module, "weight", None)
+    shape = linear_shape(module)
+    if not isinstance(weight, Tensor) or shape is None or not weight.is_floating_point():
+        return None
+    if tuple(weight.shape) == shape[::-1]:
+        return weight.detach() if type(module).__name__ != "Conv1D" else weight.detach().T
+    return weight.detach().T if tuple(weight.shape) == shape else None
+
+
+def any_parameter(module: nn.Module) -> Tensor:
+    """Return a tensor that tells on which device a module lives.
+
+    Args:
+        module: A module with parameters or buffers.
+    """
+    return next(iter([*module.parameters(), *module.buffers()]))

@@ -1,0 +1,238 @@
+"""Where the current forward pass stands: phase, branch, block and step, and the state of every token in it.
+
+The loop says so through `Clock.tick`; nothing is guessed from shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+
+class Phase(StrEnum):
+    """What a forward pass is for."""
+
+    FORWARD = "forward"  # nobody said
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DENOISE = "denoise"
+    LIKELIHOOD = "likelihood"
+    ENCODE = "encode"
+    COMMIT = "commit"
+    CORRECT = "correct"
+    DRAFT = "draft"
+
+
+class TokenState(IntEnum):
+    """What a token is in the current forward pass."""
+
+    UNKNOWN = 0
+    PROMPT = 1
+    MASKED = 2  # also in the forward pass that decides it
+    COMMITTED_NOW = 3  # visible for the first time in this forward pass
+    COMMITTED = 4
+    AFTER_EOS = 5
+    PAD = 6
+
+
+class Compare(StrEnum):
+    """What overlap metrics do with a forward pass."""
+
+    OFF = "off"
+    START = "start"  # remember its kept sets as the first step's
+    PREVIOUS = "previous"  # the same rows as one forward pass of this branch before
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One line of the ledger: forward passes that are counted together."""
+
+    phase: Phase
+    branch: str = "cond"
+    block: int = 0
+    step: int = 0
+
+
+@dataclass
+class Frame:
+    """What hooks read during one forward pass; tensors have one entry a row of the FFN."""
+
+    slot: Slot
+    compare: Compare
+    index: Int[Tensor, rows]  # row of the ledger: (slot, batch row, state)
+    sequence: Int[Tensor, rows]  # batch row
+    states: Int[Tensor, rows]
+    _moved: dict[torch.device, Frame] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Frame:
+        """Return this frame on another device; the copy is made once a forward pass.
+
+        Args:
+            device: Where the layer lives.
+        """
+        if device == self.index.device:
+            return self
+        if device not in self._moved:
+            moved = [tensor.to(device) for tensor in (self.index, self.sequence, self.states)]
+            self._moved[device] = Frame(self.slot, self.compare, *moved)
+        return self._moved[device]
+
+
+class Listener(Protocol):
+    """What a clock tells: a ledger."""
+
+    def begin(self, clock: Clock) -> None:
+        """Prepare for a request batch."""
+
+    def tick(self, clock: Clock) -> None:
+        """Prepare for a forward pass."""
+
+    def end(self, clock: Clock) -> None:
+        """Fold a request batch into the records."""
+
+
+class Clock:
+    """Tell the counters which forward pass is running.
+
+    A loop calls `begin` for each request batch, `tick` before each forward pass, and `end` (or uses `batch` around
+    both). The same clock can drive several trackers.
+    """
+
+    def __init__(self) -> None:
+        self.listeners: list[Listener] = []
+        self.items: list[Hashable] = []
+        self.slots: dict[Slot, int] = {}
+        self.noise: list[Tensor] = []  # per slot: masked fraction of each batch row's canvas
+        self.capacity = 1
+        self.frame: Frame | None = None
+        self.counting = True
+
+    def begin(self, items: Sequence[Hashable], forwards: int = 1) -> None:
+        """Start a request batch.
+
+        Args:
+            items: What each batch row belongs to; rows of one item are summed in the per-item counts.
+            forwards: Forward passes to make room for; more are accepted.
+        """
+        self.items, self.capacity = list(items), max(1, forwards)
+        self.slots, self.noise, self.frame = {}, [], None
+        for listener in self.listeners:
+            listener.begin(self)
+
+    def tick(
+        self, slot: Slot | Sequence[Slot], states: Int[Tensor, "batch seq"], compare: Compare = Compare.OFF
+    ) -> None:
+        """Announce the next forward pass.
+
+        Args:
+            slot: Where it stands; one slot a batch row where rows differ, as with guidance by batch doubling.
+            states: `TokenState` of every token the model will see, padding included, on the model's device.
+            compare: How overlap metrics take it.
+
+        Raises:
+            ValueError: The batch size is not that of `begin`, or a slot was announced before in this batch.
+        """
+        if len(states) != len(self.items):
+            raise ValueError(f"tick: {len(states)} rows of states for a batch of {len(self.items)} items")
+        row_slots = [slot] * len(states) if isinstance(slot, Slot) else list(slot)
+        first = row_slots[0]
+        if first in self.slots:
+            raise ValueError(f"tick: {first} was announced before in this request batch")
+        noise = _masked_fraction(states)
+        for new in dict.fromkeys(row_slots):
+            self.slots[new] = len(self.slots)
+            self.noise.append(noise)
+        batch, seq = states.shape
+        sequence = torch.arange(batch, device=states.device).repeat_interleave(seq)
+        number = torch.tensor([self.slots[row] for row in row_slots], device=states.device).repeat_interleave(seq)
+        flat = states.reshape(-1).long()
+        index = (number * batch + sequence) * len(TokenState) + flat
+        self.frame = Frame(first, compare, index, sequence, flat)
+        for listener in self.listeners:
+            listener.tick(self)
+
+    def end(self) -> None:
+        """Close the request batch: counters are read once and folded into records."""
+        for listener in self.listeners:
+            listener.end(self)
+        self.items, self.slots, self.noise, self.frame = [], {}, [], None
+
+    @contextmanager
+    def batch(self, items: Sequence[Hashable], forwards: int = 1) -> Iterator[Clock]:
+        """Wrap one request batch in `begin` and `end`; after an exception nothing of it is counted.
+
+        Args:
+            items: As in `begin`.
+            forwards: As in `begin`.
+        """
+        self.begin(items, forwards)
+        try:
+            yield self
+        except BaseException:
+            self.items, self.slots, self.noise, self.frame = [], {}, [], None
+            raise
+        self.end()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let rules act on the forward passes inside, and count none of them."""
+        before = self.__dict__.copy()
+        self.counting, self.listeners = False, []
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    def rows(self, count: int, device: torch.device) -> Frame | None:
+        """Return the frame for an FFN call, or None where nobody announced one and none is needed.
+
+        Args:
+            count: Rows that the FFN sees.
+            device: Where they are.
+
+        Raises:
+            ValueError: The count is not what the loop announced.
+        """
+        if self.frame is None:
+            if self.counting:
+                raise ValueError("a forward pass that the clock was not told of: call clock.tick before each one")
+            return None
+        if count != len(self.frame.index):
+            raise ValueError(f"the clock announced {len(self.frame.index)} rows, an FFN sees {count}")
+        return self.frame.to(device)
+
+
+class FreeClock(Clock):
+    """Stand in where no loop drives a clock: phase `forward`, state `unknown`, one item for everything."""
+
+    def rows(self, count: int, device: torch.device) -> Frame | None:
+        """Return a frame that fits any call.
+
+        Args:
+            count: Rows that the FFN sees.
+            device: Where they are.
+        """
+        zeros = torch.zeros(count, dtype=torch.long, device=device)
+        return Frame(Slot(Phase.FORWARD), Compare.OFF, zeros, zeros, zeros)
+
+    def start(self) -> None:
+        """Begin the one request batch there is."""
+        self.begin([None])
+        self.slots[Slot(Phase.FORWARD)] = 0
+        self.noise.append(torch.zeros(1))
+
+
+def _masked_fraction(states: Int[Tensor, "batch seq"]) -> Tensor:
+    """Return the masked share of each row's canvas: all its tokens but prompt and padding."""
+    masked = (states == TokenState.MASKED).sum(-1)
+    canvas = ((states != TokenState.PROMPT) & (states != TokenState.PAD)).sum(-1)
+    return masked / canvas.clamp(min=1)

@@ -1,0 +1,182 @@
+"""The counters on the device: one table for each layer and site, read and folded once a request batch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dllm_sparsity.sparsity.clock import Clock, Frame, Slot, TokenState
+from dllm_sparsity.sparsity.kernels import naive
+from dllm_sparsity.sparsity.reading import NOISE_BINS, NonFiniteError, Reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dllm_sparsity.sparsity.metric import Metric
+
+_STATES = len(TokenState)
+_UNCOUNTED = (TokenState.PAD, TokenState.AFTER_EOS)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One (layer, site) pair that is counted."""
+
+    layer: int
+    site: str
+    device_of: Tensor
+
+
+class Ledger:
+    """Count rows into (slot, batch row, token state) on the device, fold them into step and item records on the host.
+
+    Args:
+        points: What is counted; hooks name a point by its place here.
+        metrics: What is counted about each row.
+    """
+
+    def __init__(self, points: Sequence[Point], metrics: Sequence[Metric]) -> None:
+        self.points, self.metrics = list(points), list(metrics)
+        self.columns = ("nonfinite", *(column for metric in self.metrics for column in metric.columns))
+        self._tables: list[Tensor] = []
+        self._batch = 0
+        self._slots: dict[Slot, int] = {}  # every slot ever seen
+        self._keys: list[np.ndarray] = []
+        self._sums: list[np.ndarray] = []
+        self._items: dict[Hashable, np.ndarray] = {}
+
+    def begin(self, clock: Clock) -> None:
+        """Make room for a request batch.
+
+        Args:
+            clock: The clock that starts it.
+        """
+        self._batch = len(clock.items)
+        self._tables = [self._empty(point, clock.capacity) for point in self.points]
+        for metric in self.metrics:
+            metric.begin()
+
+    def _empty(self, point: Point, slots: int) -> Tensor:
+        shape = (slots * self._batch * _STATES, len(self.columns))
+        return torch.zeros(shape, dtype=torch.long, device=point.device_of.device)
+
+    def tick(self, clock: Clock) -> None:
+        """Grow before a forward pass that needs it, never inside one.
+
+        Args:
+            clock: The clock that announces it.
+        """
+        have = len(self._tables[0]) // (self._batch * _STATES) if self._tables else 0
+        if self._tables and len(clock.slots) > have:
+            more = max(have, len(clock.slots) - have)
+            pairs = zip(self._tables, self.points, strict=True)
+            self._tables = [torch.cat([table, self._empty(point, more)]) for table, point in pairs]
+
+    def add(self, point: int, rows: Tensor, kept: Tensor, frame: Frame) -> None:
+        """Count one FFN call at one site.
+
+        Args:
+            point: Place of the layer and site in `points`.
+            rows: Activations before the rule, `[rows, width]`.
+            kept: Entries that are non-zero after the rule.
+            frame: Where the forward pass stands.
+        """
+        counts = [metric.count(point, rows, kept, frame) for metric in self.metrics]
+        values = torch.cat([naive.nonfinite_rows(rows).long(), *counts], dim=-1)
+        self._tables[point].index_add_(0, frame.index, values)
+
+    def end(self, clock: Clock) -> None:
+        """Read the counters once and add them to the records.
+
+        Args:
+            clock: The clock that ends the request batch.
+        """
+        slots = list(clock.slots)
+        if not slots or not self._tables:
+            return
+        used = len(slots) * self._batch * _STATES
+        shape = (len(slots), self._batch, _STATES, len(self.columns))
+        stacked = [table[:used].to("cpu", copy=True).numpy().reshape(shape) for table in self._tables]
+        counts = np.stack(stacked)  # [point, slot, row, state, column]
+        noise = (
+            torch.stack([row.float().cpu() for row in clock.noise]).numpy() if len(clock.noise) else np.zeros((1, 1))
+        )
+        bins = np.minimum((noise * NOISE_BINS + 1e-4).astype(np.int64), NOISE_BINS - 1)
+        bins = np.broadcast_to(bins, (len(slots), self._batch))
+        numbers = np.array([self._slots.setdefault(slot, len(self._slots)) for slot in slots])
+        self._fold_steps(counts, numbers, bins)
+        self._fold_items(counts, slots, clock.items)
+        self._tables = []
+
+    def _fold_steps(self, counts: np.ndarray, slots: np.ndarray, bins: np.ndarray) -> None:
+        point, slot, row, state = np.nonzero(counts.any(axis=-1))
+        key = ((slots[slot] * NOISE_BINS + bins[slot, row]) * len(self.points) + point) * _STATES + state
+        self._keys.append(key)
+        self._sums.append(counts[point, slot, row, state])
+        if sum(map(len, self._keys)) > 2_000_000:
+            self._compact()
+
+    def _compact(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self._keys:
+            return np.zeros(0, np.int64), np.zeros((0, len(self.columns)), np.int64)
+        keys, inverse = np.unique(np.concatenate(self._keys), return_inverse=True)
+        sums = np.zeros((len(keys), len(self.columns)), np.int64)
+        np.add.at(sums, inverse, np.concatenate(self._sums))
+        self._keys, self._sums = [keys], [sums]
+        return keys, sums
+
+    def _fold_items(self, counts: np.ndarray, slots: list[Slot], items: list[Hashable]) -> None:
+        cond = [number for number, slot in enumerate(slots) if slot.branch != "uncond"]
+        counted = [state for state in TokenState if state not in _UNCOUNTED]
+        columns = [self.columns.index("kept"), self.columns.index("total")]
+        per_row = counts[:, cond][:, :, :, counted][..., columns].sum(axis=(1, 3))  # [point, row, 2]
+        for row, item in enumerate(items):
+            self._items[item] = self._items.get(item, 0) + per_row[:, row]
+
+    def read(self, notes: Sequence[str] = ()) -> Reading:
+        """Return everything counted so far as plain columns.
+
+        Args:
+            notes: What the reader should know about the counts.
+
+        Raises:
+            NonFiniteError: An activation was NaN or infinite; the first layer and site are named.
+        """
+        keys, sums = self._compact()
+        state, key = keys % _STATES, keys // _STATES
+        point, key = key % len(self.points), key // len(self.points)
+        noise_bin, slot = key % NOISE_BINS, key // NOISE_BINS
+        names = list(self._slots)
+        columns: dict[str, list] = {
+            "phase": [str(names[number].phase) for number in slot],
+            "branch": [names[number].branch for number in slot],
+            "block": [names[number].block for number in slot],
+            "step": [names[number].step for number in slot],
+            "noise_bin": noise_bin.tolist(),
+            "layer": [self.points[number].layer for number in point],
+            "site": [self.points[number].site for number in point],
+            "expert": [-1] * len(keys),
+            "token_state": [TokenState(number).name.lower() for number in state],
+        }
+        scales = {name: scale for metric in self.metrics for name, scale in metric.scales.items()}
+        for number, name in enumerate(self.columns):
+            values = sums[:, number]
+            columns[name] = (values * scales[name] if name in scales else values).tolist()
+        bad = np.flatnonzero((sums[:, 0] > 0) & (state != TokenState.PAD)) if len(sums) else []
+        if len(bad):
+            worst = min(bad, key=lambda line: (columns["layer"][line], columns["site"][line]))
+            raise NonFiniteError(columns["layer"][worst], columns["site"][worst], int(sums[bad, 0].sum()))
+        del columns["nonfinite"]
+        return Reading(columns, self._item_sums(), tuple(notes))
+
+    def _item_sums(self) -> dict[Hashable, dict[str, tuple[int, int]]]:
+        sites = list(dict.fromkeys(point.site for point in self.points))
+        members = {site: [n for n, point in enumerate(self.points) if point.site == site] for site in sites}
+        return {
+            item: {site: tuple(int(n) for n in counts[members[site]].sum(axis=0)) for site in sites}
+            for item, counts in self._items.items()
+        }

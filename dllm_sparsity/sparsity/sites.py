@@ -1,0 +1,81 @@
+"""Site names, and where a family finds a site in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from dllm_sparsity.errors import UserError, did_you_mean
+
+PRIMITIVE_SITES = ("input", "gate", "up", "intermediate")
+ALL = ("input", "intermediate")
+"""What the site `all` stands for: the inputs of every linear of the FFN."""
+
+
+@dataclass(frozen=True)
+class SitePoint:
+    """A tensor that flows into or out of a module.
+
+    Args:
+        module: The module to hook.
+        side: Whether its first input or its output is the site.
+        width: Entries of a row.
+        start: First column of the site where the tensor holds more than the site.
+        weight: Weight of the linear that consumes the site, `[out, width]`, where there is one.
+    """
+
+    module: nn.Module
+    side: Literal["input", "output"]
+    width: int
+    start: int = 0
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One feed-forward layer as a family found it.
+
+    Args:
+        layer: Index of the layer in the model.
+        name: Path of the module in the model.
+        points: The sites it has.
+        missing: Why it lacks the other sites.
+        d_model: Width of `input`.
+        d_ffn: Width of `intermediate`.
+        gated: Whether it has a gate.
+        device_of: A parameter that tells where the layer lives.
+    """
+
+    layer: int
+    name: str
+    points: dict[str, SitePoint]
+    d_model: int
+    d_ffn: int
+    gated: bool
+    device_of: Tensor
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def expand(sites: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the primitive sites that a user's choice stands for, in the order in which they fire.
+
+    Args:
+        sites: One name or several.
+
+    Raises:
+        UserError: A name is unknown, or none is given.
+    """
+    asked = [sites] if isinstance(sites, str) else list(sites)
+    for name in asked:
+        if name not in (*PRIMITIVE_SITES, "all"):
+            raise UserError(
+                f"unknown site {name!r}{did_you_mean(name, [*PRIMITIVE_SITES, 'all'])}",
+                f"sites are: {', '.join(PRIMITIVE_SITES)}, all",
+            )
+    wanted = {primitive for name in asked for primitive in (ALL if name == "all" else (name,))}
+    if not wanted:
+        raise UserError("no site given", f"sites are: {', '.join(PRIMITIVE_SITES)}, all")
+    return tuple(site for site in PRIMITIVE_SITES if site in wanted)

@@ -1,0 +1,251 @@
+"""sparsify(): attach a rule to a model for one `with` block, and count what it does."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dllm_sparsity import registry
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.sparsity import sites as site_names
+from dllm_sparsity.sparsity.clock import Clock, FreeClock, TokenState
+from dllm_sparsity.sparsity.kernels import naive
+from dllm_sparsity.sparsity.ledger import Ledger, Point
+from dllm_sparsity.sparsity.reading import Reading
+from dllm_sparsity.sparsity.rule import Rule, Where
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dllm_sparsity.sparsity.sites import FFN, SitePoint
+
+NO_CLOCK = "no clock: phase is forward, token state is unknown, padding is counted, overlap is off"
+
+
+def sparsify(
+    model: nn.Module,
+    rule: Rule | None,
+    sites: str | Sequence[str] = "intermediate",
+    *,
+    layers: Iterable[int] | None = None,
+    clock: Clock | None = None,
+    metrics: Sequence[str] = ("density", "overlap"),
+) -> Tracker:
+    """Attach a rule to a model's FFNs for one `with` block.
+
+    Inside the block the activations that the rule does not keep are zero. On exit the model is what it was.
+
+    Args:
+        model: Any torch model with FFNs that a family knows; not compiled yet (compile inside the block).
+        rule: What to keep; None only counts.
+        sites: `input`, `gate`, `up`, `intermediate` or `all`, or several of them.
+        layers: Layers to act on; all when None.
+        clock: Says where each forward pass stands; without one, states and steps are not told apart.
+        metrics: Names of the metrics to count; density is always among them.
+
+    Returns:
+        A context manager; `read()` gives the counts.
+
+    Raises:
+        UserError: A site or layer does not exist, no FFN is found, or the model is compiled.
+
+    Example:
+        >>> with sparsify(model, TopP(0.9), sites="all") as tracker:  # doctest: +SKIP
+        ...     model(input_ids)
+        >>> tracker.read().sparsity(site="input")  # doctest: +SKIP
+    """
+    return Tracker(model, rule, sites, layers, clock, metrics)
+
+
+class Tracker:
+    """A rule attached to a model, and its counters. Made by `sparsify`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule | None,
+        sites: str | Sequence[str],
+        layers: Iterable[int] | None,
+        clock: Clock | None,
+        metrics: Sequence[str],
+    ) -> None:
+        if rule is not None and not isinstance(rule, Rule):
+            raise UserError(f"{rule!r} is not a rule", "give one such as TopP(0.9), or None to count only")
+        if _is_compiled(model):
+            raise UserError(
+                "the model is compiled already, so hooks would not fire", "sparsify first, then torch.compile"
+            )
+        self.model, self.rule = model, rule
+        self.sites = site_names.expand(sites)
+        self.clock = clock if clock is not None else FreeClock()
+        self.notes = [] if clock is not None else [NO_CLOCK]
+        self.ffns = _choose(_find(model), self.sites, layers)
+        kinds = [registry.get("metrics", name) for name in dict.fromkeys(("density", *metrics))]
+        usable = [kind() for kind in kinds if clock is not None or not kind.needs_clock]
+        self._points = [(ffn, site) for ffn in self.ffns for site in self.sites]
+        self.ledger = Ledger([Point(ffn.layer, site, ffn.device_of) for ffn, site in self._points], usable)
+        self._handles: list[Any] = []
+        self._fired: set[int] = set()
+        self._probing = self._checked = False
+
+    def __enter__(self) -> Tracker:
+        if self._handles:
+            raise UserError("this tracker is attached already", "make a new one with sparsify()")
+        try:
+            for number, (ffn, site) in enumerate(self._points):
+                self._handles.append(self._attach(number, ffn, site, ffn.points[site]))
+            self._dry_run()
+        except BaseException:
+            self._detach()
+            raise
+        self.clock.listeners.append(self.ledger)
+        if isinstance(self.clock, FreeClock):
+            self.clock.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._detach()
+        if isinstance(self.clock, FreeClock) and kind is None and self.clock.items:
+            self.clock.end()
+        if self.ledger in self.clock.listeners:
+            self.clock.listeners.remove(self.ledger)
+        if kind is None and not self._checked:
+            self._check_fired("in the block")
+
+    def read(self) -> Reading:
+        """Return the counts of all finished request batches.
+
+        Raises:
+            NonFiniteError: An activation was NaN or infinite.
+        """
+        if isinstance(self.clock, FreeClock) and self.clock.items:
+            self.clock.end()
+            self.clock.start()
+        return self.ledger.read(self.notes)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _attach(self, number: int, ffn: FFN, site: str, point: SitePoint) -> Any:
+        """Register the hook of one point and return its handle."""
+        act = self._action(number, ffn, site, point)
+        if point.side == "output":
+            return point.module.register_forward_hook(lambda module, args, output: act(output))
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (act(args[0]), *args[1:]), kwargs
+            name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+            return args, {**kwargs, name: act(kwargs[name])}
+
+        return point.module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def _action(self, number: int, ffn: FFN, site: str, point: SitePoint) -> Callable[[Tensor], Tensor]:
+        rule = None if self.rule is None or self.rule.is_dense else self.rule
+
+        def act(tensor: Tensor) -> Tensor:
+            if self._probing:
+                self._fired.add(number)
+                return tensor
+            whole = tensor.shape[-1] == point.width
+            part = tensor if whole else tensor[..., point.start : point.start + point.width]
+            rows = part.reshape(-1, point.width)
+            frame = self.clock.rows(len(rows), rows.device)
+            self._fired.add(number)
+            kept_rows = rows
+            if rule is not None:
+                with torch.no_grad():
+                    if frame is not None and not isinstance(self.clock, FreeClock):
+                        sequence, counted = frame.sequence, frame.states != TokenState.PAD
+                    else:
+                        sequence, counted = _sequences(part), None
+                    mask = rule.keep(rows, Where(ffn.layer, site, point.weight, sequence, counted))
+                    mask = mask | naive.nonfinite_rows(rows)  # a NaN goes on to the read-out, it does not become zero
+                kept_rows = torch.where(mask, rows, 0)
+            if self.clock.counting and frame is not None:
+                self.ledger.add(number, rows, kept_rows.detach() != 0, frame)
+            if rule is None:
+                return tensor
+            result = kept_rows.view(part.shape)
+            if whole:
+                return result
+            return torch.cat([tensor[..., : point.start], result, tensor[..., point.start + point.width :]], dim=-1)
+
+        return act
+
+    def _dry_run(self) -> None:
+        """Run one token through the model; every point must fire."""
+        ids = _one_token(self.model)
+        if ids is None:
+            return
+        self._probing = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                accepts = inspect.signature(self.model.forward).parameters
+                self.model(input_ids=ids, **({"use_cache": False} if "use_cache" in accepts else {}))
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+            self.notes.append(f"no dry run ({type(error).__name__}): sites are checked when the block ends")
+            self._fired.clear()
+            return
+        finally:
+            self._probing = False
+        self._check_fired("in a dry run")
+        self._checked = True
+
+    def _check_fired(self, where: str) -> None:
+        dead = [f"layer {ffn.layer} {site}" for n, (ffn, site) in enumerate(self._points) if n not in self._fired]
+        if dead:
+            shown = ", ".join(dead[:4]) + (f" and {len(dead) - 4} more" if len(dead) > 4 else "")
+            raise UserError(
+                f"these sites never fired {where}: {shown}",
+                "a fused kernel or a changed forward may bypass the module; turn it off, or choose other sites",
+            )
+
+
+def _find(model: nn.Module) -> list[FFN]:
+    """Return the model's FFNs; families are reached through the registry, they stand on a higher floor."""
+    return registry.load("dllm_sparsity.families:find_ffns")(model)
+
+
+def _choose(ffns: list[FFN], sites: tuple[str, ...], layers: Iterable[int] | None) -> list[FFN]:
+    if layers is not None:
+        wanted = set(layers)
+        unknown = sorted(wanted - {ffn.layer for ffn in ffns})
+        if unknown or not wanted:
+            raise UserError(f"no such layers: {unknown}", f"the model has layers 0 to {max(f.layer for f in ffns)}")
+        ffns = [ffn for ffn in ffns if ffn.layer in wanted]
+    for ffn in ffns:
+        for site in sites:
+            if site not in ffn.points:
+                reason = ffn.missing.get(site, "its form has no such site")
+                raise UserError(f"{ffn.name} has no site {site}: {reason}", f"it has: {', '.join(ffn.points)}")
+    return ffns
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def _sequences(part: Tensor) -> Tensor:
+    """Number the sequences of a [batch, seq, width] tensor, one number a row; anything else is one sequence."""
+    batch = part.shape[0] if part.dim() == 3 else 1
+    rows = part.numel() // part.shape[-1]
+    return torch.arange(batch, device=part.device).repeat_interleave(rows // batch)
+
+
+def _one_token(model: nn.Module) -> Tensor | None:
+    """Return one token id where the model takes token ids, else None."""
+    parameters = inspect.signature(model.forward).parameters
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if "input_ids" not in parameters or not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
+        return None
+    return torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device)

@@ -1,0 +1,112 @@
+"""The schema of sealed cells: what steps.parquet, samples.parquet and cell.json hold. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+NOISE_BINS = 20
+PRIMITIVE_SITES = ("input", "gate", "up", "intermediate")
+EXCLUDED_STATES = ("pad", "after_eos")
+"""Token states left out of every headline figure: padding, and tokens behind the end of their row."""
+
+STEP_COLUMNS: dict[str, pa.DataType] = {
+    "phase": pa.string(),  # prefill, decode, denoise, likelihood, forward, ...
+    "branch": pa.string(),  # cond or uncond (the half of classifier-free guidance without its prompt)
+    "block": pa.int32(),  # block of the canvas; 0 where there is one block only
+    "step": pa.int32(),  # denoising step or decode step, counted over the whole canvas; 0 in likelihood
+    "noise_bin": pa.int32(),  # floor(20 * masked fraction of the row's canvas), 0 to 19
+    "layer": pa.int32(),
+    "site": pa.string(),  # a primitive site; a cell at `all` has rows for input and for intermediate
+    "expert": pa.int32(),  # -1 for a dense FFN
+    "token_state": pa.string(),  # unknown, prompt, masked, committed_now, committed, after_eos, pad
+    "rows": pa.int64(),  # tokens counted
+    "kept": pa.int64(),  # activations that are non-zero after the rule
+    "total": pa.int64(),  # rows times the width of the site
+}
+OVERLAP_COLUMNS: dict[str, pa.DataType] = {
+    # *_prev: against the same row one step before; *_first: against its first step
+    f"{name}_{against}": kind
+    for against in ("prev", "first")
+    for name, kind in (
+        ("rows", pa.int64()),  # tokens that had an earlier kept set to compare with
+        ("inter", pa.int64()),  # size of the intersection of both kept sets, summed over those tokens
+        ("union", pa.int64()),
+        ("kept", pa.int64()),  # size of the earlier kept set, summed
+        ("jaccard_sum", pa.float64()),  # per-token Jaccard, summed; divide by rows
+    )
+}
+SAMPLE_COLUMNS: dict[str, pa.DataType] = {
+    "task": pa.string(),
+    "doc_id": pa.int64(),
+    "doc_hash": pa.string(),
+    "prompt_hash": pa.string(),
+    "filter": pa.string(),
+    "answer": pa.string(),  # generated text, or the index of the chosen option
+    "correct": pa.float64(),  # the task's headline metric for this item; null where it has none per item
+    "metrics": pa.string(),  # JSON object of every numeric metric the task gave for this item
+    "target": pa.int32(),  # index of the right option; null unless multiple choice
+    "loglikelihoods": pa.list_(pa.float64()),  # one per request, in nats; a bound on diffusion models
+    "loglikelihood_errors": pa.list_(pa.float64()),  # Monte-Carlo standard error of each; 0 where exact
+    "target_tokens": pa.list_(pa.int32()),  # scored tokens of each request
+    "answer_tokens": pa.list_(pa.int32()),  # generated token ids up to the stop
+    "nfe": pa.int64(),  # forward passes this item took part in
+    "new_tokens": pa.int64(),  # generated tokens up to the stop
+    "seconds": pa.float64(),  # its share of its batches' wall clock
+    # over all layers, without pad, after_eos and uncond; null for a site that was not recorded
+    **{f"{count}_{site}": pa.int64() for site in PRIMITIVE_SITES for count in ("kept", "total")},
+}
+
+
+class Quality(TypedDict):
+    """One quality measure of a cell."""
+
+    name: str  # column of `metrics`, or nll (gold option or whole text, per token), or agreement
+    kind: str  # accuracy | nll | loglikelihood | agreement | score
+    chance: float | None  # expected value of guessing, for accuracy
+
+
+class CellRecord(TypedDict):
+    """What cell.json holds: enough to label, pair and rank the cell without its tables."""
+
+    schema: int
+    fingerprint: str
+    paradigm: str  # autoregressive | diffusion
+    backend: str  # registry name of the backend
+    model: str  # label shown to people
+    model_id: str  # hub id or folder as given
+    task: str
+    output_type: str  # lm-eval's: multiple_choice, loglikelihood, loglikelihood_rolling, generate_until
+    dense: bool  # no rule acted; shared by every curve of its model and task
+    rule: str | None
+    rule_parameters: dict[str, Any]
+    strength: float | None
+    site: str | None  # the site asked for (may be `all`); null when dense
+    sites_recorded: list[str]
+    layers: list[int] | None
+    qualities: list[Quality]  # the first is the headline
+    estimator: str | None  # `bound, K=4 stratified` and the like; null for an exact likelihood
+    shifted_steps: bool  # true where overlap with the step before compares different tokens (AR decode)
+    ffn: dict[str, Any]  # d_model, d_ffn, num_layers, gated
+    simulated: bool  # true: masks were simulated, no sparse kernel ran
+    items: int
+    totals: dict[str, Any]  # nfe, new_tokens, seconds, and {site: {kept, total}} under `sites`
+    parts: dict[str, Any]  # what the fingerprint was made of
+    environment: dict[str, Any]
+    notes: list[str]
+
+
+def steps_schema(with_overlap: bool) -> pa.Schema:
+    """Return the schema of steps.parquet.
+
+    Args:
+        with_overlap: Whether the overlap metric was on.
+    """
+    return pa.schema({**STEP_COLUMNS, **(OVERLAP_COLUMNS if with_overlap else {})})
+
+
+def samples_schema() -> pa.Schema:
+    """Return the schema of samples.parquet."""
+    return pa.schema(SAMPLE_COLUMNS)
