@@ -76,13 +76,26 @@ def get(kind: str, name: str) -> Any:
     Raises:
         UserError: There is no such name.
     """
+    check(kind, name)
+    return load(_targets(kind)[name])
+
+
+def check(kind: str, name: str) -> None:
+    """Refuse a name that is not registered, without importing anything.
+
+    Args:
+        kind: One of `KINDS`.
+        name: A name, as on the command line.
+
+    Raises:
+        UserError: There is no such name.
+    """
     targets = _targets(kind)
     if name not in targets:
         raise UserError(
             f"unknown {_SINGULAR.get(kind, kind[:-1])} {name!r}{did_you_mean(name, list(targets))}",
             f"list them with: dllm-sparsity ls {kind}",
         )
-    return load(targets[name])
 
 
 def load(target: str) -> Any:

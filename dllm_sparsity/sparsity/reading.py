@@ -35,12 +35,12 @@ class Reading(Mapping[str, list]):
 
     Args:
         columns: phase, branch, block, step, noise_bin, layer, site, expert, token_state, and the metrics' columns.
-        items: Item -> site -> (kept, total) over all layers, without padding, after_eos and uncond rows.
+        per_item: Item -> site -> (kept, total) over all layers, without padding, after_eos and uncond rows.
         notes: What the reader should know.
     """
 
     columns: dict[str, list]
-    items: dict[Hashable, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    per_item: dict[Hashable, dict[str, tuple[int, int]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> list:
@@ -60,13 +60,16 @@ class Reading(Mapping[str, list]):
                 `after_eos` tokens of the branch `cond`.
 
         Raises:
-            UserError: No row is left.
+            UserError: No row is left, or there is no such column.
 
         Example:
             >>> reading.sparsity(site="intermediate", token_state=("masked", "committed"))  # doctest: +SKIP
             0.62
         """
         only.setdefault("branch", "cond")
+        unknown = [name for name in only if name not in self.columns]
+        if unknown:
+            raise UserError(f"no column {unknown[0]!r} to select by", f"columns are: {', '.join(self.columns)}")
         kept = total = 0
         for row in range(len(self.columns["kept"])):
             if "token_state" not in only and self.columns["token_state"][row] in ("pad", "after_eos"):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.sparsity.kernels import naive
 from dllm_sparsity.sparsity.rule import Rule, Where
-from dllm_sparsity.sparsity.rules.top_p import TopP
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -27,41 +27,36 @@ class Random(Rule):
     batch.
 
     Args:
-        p: Strength of the default `like`, which is `TopP(p)`; with another `like`, leave it out.
-        like: The rule whose density is matched, row by row.
+        p: Strength of the rule whose density is matched, where `like` is a name.
+        like: That rule, row by row: its name, or a rule.
         seed: Another seed gives other places.
     """
 
     p: float | None = None
-    like: Rule | None = None
+    like: str | Rule = "top_p"
     seed: int = 0
+    _rule: Rule = field(init=False, repr=False, compare=False, default=None)  # type: ignore[assignment]
 
     dense: ClassVar[float] = 1.0
     denser_upwards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if (self.p is None) == (self.like is None):
-            raise UserError(
-                "random needs either a strength or a rule to be like", "give Random(0.9) or Random(like=...)"
-            )
-        if self.like is None and self.p is not None:
-            object.__setattr__(self, "like", TopP(self.p))
+        if (self.p is None) == isinstance(self.like, str):
+            raise UserError("random needs a strength, or a rule to be like", "say Random(0.9), or give like=a rule")
+        if isinstance(self.like, str):
+            object.__setattr__(self, "_rule", registry.get("rules", self.like)(self.p))
+        else:
+            object.__setattr__(self, "_rule", self.like)
 
     @property
     def strength(self) -> float:
         """The strength of the rule whose density is matched."""
-        return self._like.strength
+        return self._rule.strength
 
     @property
     def is_dense(self) -> bool:
         """Whether the rule whose density is matched keeps everything."""
-        return self._like.is_dense
-
-    @property
-    def _like(self) -> Rule:
-        if self.like is None:
-            raise UserError("random has no rule to be like", "give Random(0.9) or Random(like=...)")
-        return self.like
+        return self._rule.is_dense
 
     def keep(self, rows: Float[Tensor, "rows width"], where: Where) -> Bool[Tensor, "rows width"]:
         """Mark the entries that stay.
@@ -71,7 +66,7 @@ class Random(Rule):
             where: As in `Rule.keep`.
         """
         nonzero = rows != 0
-        count = naive.count_true(self._like.keep(rows, where) & nonzero)
+        count = naive.count_true(self._rule.keep(rows, where) & nonzero)
         bits = rows.detach().float().contiguous().view(torch.int32).long()
         place = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
         salt = (self.seed * 1_000_003 + where.layer) * 1_009 + sum(where.site.encode())

@@ -1,0 +1,112 @@
+"""autoregressive: any causal language model of transformers as an lm-eval LM."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from autoregressive.decode import Sampling, decode
+from autoregressive.likelihood import score
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.base import Generation, Score, SparsityLM, Target
+from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load
+
+_SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
+
+
+class AutoregressiveBackend(SparsityLM):
+    """Likelihood and generation of a causal model, with its sparsity clock driven.
+
+    Args:
+        model: A causal model of transformers.
+        tokenizer: Its tokenizer.
+        batch_size: Sequences in one forward pass.
+        max_length: Longest sequence; from the model's config when None.
+        seed: Seed of sampling.
+
+    Example:
+        >>> lm = AutoregressiveBackend(model, tokenizer)  # doctest: +SKIP
+        >>> with sparsify(lm.model, TopP(0.9), clock=lm.clock) as tracker:  # doctest: +SKIP
+        ...     lm_eval.simple_evaluate(lm, tasks=["arc_easy"])
+    """
+
+    paradigm = "autoregressive"
+
+    @classmethod
+    def from_source(cls, source: ModelSource, **settings: Any) -> AutoregressiveBackend:
+        """Load a model and make sure that it is causal.
+
+        Args:
+            source: Where the model comes from.
+            settings: Arguments of the backend.
+
+        Raises:
+            UserError: It cannot be loaded, or it sees tokens to the right.
+        """
+        model, tokenizer = load(source)
+        check_paradigm(model, source.model, bidirectional=False)
+        return cls(model, tokenizer, **settings)
+
+    @property
+    def estimator(self) -> str | None:
+        """How likelihoods are estimated; None, for they are exact."""
+        return None
+
+    def _score(self, targets: Sequence[Target]) -> list[Score]:
+        return score(self.call, self.clock, targets, self.max_length, self.pad_id)
+
+    def _generate(
+        self, prompts: list[list[int]], items: list[Hashable], length: int, until: list[str], options: dict[str, Any]
+    ) -> list[Generation]:
+        sampling = _sampling(options)
+        generators = [self._generator(item) for item in items]
+        answers: list[list[int]] = [[] for _ in prompts]
+        stopped = [False] * len(prompts)
+        counts = [0] * len(prompts)
+        with self.clock.batch(items, length):
+            for tokens in decode(
+                self.call, self.clock, prompts, length, self.pad_id, sampling, generators, lambda: stopped
+            ):
+                for row, token in enumerate(tokens.tolist()):
+                    if stopped[row]:
+                        continue
+                    counts[row] += 1
+                    if token in self._stop_ids:
+                        stopped[row] = True
+                    else:
+                        answers[row].append(token)
+                        stopped[row] = self._has_stop(answers[row], until)
+                if all(stopped):
+                    break
+        return [Generation(answer, count, count) for answer, count in zip(answers, counts, strict=True)]
+
+    @property
+    def _stop_ids(self) -> set[int]:
+        """End-of-text ids of the tokenizer and of the model's generation config, where `generate` stops as well."""
+        configured = self.model.generation_config.eos_token_id
+        more = configured if isinstance(configured, list) else [configured]
+        return {token for token in (self.eot_token_id, *more) if token is not None}
+
+    def _has_stop(self, answer: list[int], until: list[str]) -> bool:
+        if not until:
+            return False
+        tail = self.tokenizer.decode(answer[-(max(map(len, until)) + 8) :])
+        return any(stop in tail for stop in until)
+
+    def _generator(self, item: Hashable) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(repr((self.seed, item)).encode()))
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    unknown = sorted(set(options) - _SAMPLING)
+    if unknown:
+        raise UserError(
+            f"generation arguments not supported: {', '.join(unknown)}",
+            f"the task may use: {', '.join(sorted(_SAMPLING))}",
+        )
+    if not options.get("do_sample"):
+        return Sampling()
+    return Sampling(options.get("temperature") or 1.0, options.get("top_k") or 0, options.get("top_p") or 1.0)

@@ -1,0 +1,130 @@
+"""dllm-sparsity compare: a study from a file, from options, or the embedded one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dllm_sparsity.errors import UserError
+
+_MODEL_OPTIONS = ("dtype", "batch_size", "revision", "trust_remote_code")
+_DIFFUSION_OPTIONS = ("mask_token", "logits_shift", "steps", "block_length", "sampler", "confidence_threshold", "mc")
+
+
+def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value == "exact":
+        return value
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter("give a number of draws, 1 or more, or exact")
+
+
+@click.command(short_help="Run a study and write its report.")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--ar", multiple=True, metavar="MODEL", help="Autoregressive model: hub id or folder. Repeatable.")
+@click.option("--diffusion", multiple=True, metavar="MODEL", help="Masked-diffusion model, likewise. Repeatable.")
+@click.option("--task", multiple=True, metavar="NAME", help="lm-eval task, by name or YAML file. Repeatable.")
+@click.option("--text", multiple=True, metavar="FILE", help="Likelihood on a text of your own. Repeatable.")
+@click.option("--site", multiple=True, metavar="SITE", help="input, gate, up, intermediate or all. Repeatable.")
+@click.option("--rule", metavar="NAME", help="Sparsification rule; top_p when not given.")
+@click.option("--strength", multiple=True, type=float, metavar="X", help="The rule's main parameter. Repeatable.")
+@click.option("--mask-token", metavar="TOKEN", help="Mask token or its id, where the tokenizer names none.")
+@click.option("--logits-shift", is_flag=True, default=None, help="Logits of i - 1 predict position i (Dream).")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps over the canvas; one a token when not given.")
+@click.option("--block-length", type=click.IntRange(1), help="Tokens denoised together; all when not given.")
+@click.option("--sampler", metavar="NAME", help="Who chooses commits; low_confidence when not given.")
+@click.option("--confidence-threshold", type=float, metavar="P", help="For the sampler confidence_threshold.")
+@click.option("--mc", callback=_mc, metavar="K", help="Monte-Carlo draws of the diffusion likelihood, or exact.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="float32 when not given.")
+@click.option("--batch-size", type=click.IntRange(1), help="Sequences in one forward pass.")
+@click.option("--revision", help="Revision of the models on the hub.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Let code that comes with the models run.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory; runs/<name> when not given.")
+@click.option("--limit", type=click.IntRange(1), help="Items of each task.")
+@click.option("--device", help="cpu, cuda, cuda:0; a GPU where there is one when not given.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of everything random.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object instead of a table.")
+def compare(config: Path | None, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Compare the activation sparsity of autoregressive and diffusion language models.
+
+    Without arguments: the embedded study, on two small models that ship with this package. With CONFIG: a study in
+    YAML. With options: a study of the models, tasks and rules that they name.
+
+    The same command continues a run that was interrupted, and writes the report again when nothing is left to run.
+    """
+    given = {name: value for name, value in options.items() if value not in (None, (), "")}
+    study = _study(config, given)
+
+    from dllm_sparsity.cli.progress import make_progress
+    from dllm_sparsity.comparison import compare as run
+
+    result = run(study, out, make_progress())
+    if as_json:
+        click.echo(json.dumps(result.summary, allow_nan=False))
+        return
+    from rich.console import Console
+
+    from dllm_sparsity.report import render
+
+    Console().print(render(result.summary))
+    click.echo(f"\nreport: {result.report}")
+
+
+def _study(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the study that the command line asks for."""
+    from dllm_sparsity.comparison import EMBEDDED_STUDY
+    from dllm_sparsity.study.config import read_config
+
+    base = read_config(config if config is not None else EMBEDDED_STUDY)
+    study = base.model_dump(mode="json", exclude_unset=True)
+    clash = {"ar", "diffusion", "task", "text", "rule", "site", "strength"} & set(given)
+    if config is not None and clash:
+        raise UserError(
+            f"{config} names models, tasks and rules already, and so does --{min(clash)}",
+            "give the file or the options",
+        )
+    for name in ("device", "seed"):
+        if name in given:
+            study[name] = given[name]
+    study["models"] = _models(study["models"], given)
+    study["tasks"] = _tasks(study["tasks"], given)
+    study["rules"] = _rules(study["rules"], given)
+    if config is None and clash:
+        names = [model.get("label") or model["model"].rstrip("/").rsplit("/", 1)[-1] for model in study["models"]]
+        study["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", "-vs-".join(names)).strip("-.")[:80] or "study"
+    return study
+
+
+def _models(models: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
+    named = [{"paradigm": "autoregressive", "model": model} for model in given.get("ar", ())]
+    named += [{"paradigm": "diffusion", "model": model} for model in given.get("diffusion", ())]
+    return [
+        {
+            **model,
+            **{name: given[name] for name in _MODEL_OPTIONS if name in given},
+            **{name: given[name] for name in _DIFFUSION_OPTIONS if name in given and model["paradigm"] == "diffusion"},
+        }
+        for model in named or models
+    ]
+
+
+def _tasks(tasks: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
+    named = [{"name": name} for name in given.get("task", ())] + [{"text": path} for path in given.get("text", ())]
+    changed = {"limit": given["limit"]} if "limit" in given else {}
+    if "mc" in given:
+        changed["mc"] = given["mc"]
+    return [{**task, **changed} for task in named or tasks]
+
+
+def _rules(rules: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
+    name = given.get("rule", "top_p")
+    if not {"rule", "site", "strength"} & set(given):
+        return rules
+    if "strength" not in given and name != "top_p":
+        raise UserError(f"no strength given for rule {name}", "add --strength X, once for each value")
+    strengths = given.get("strength") or tuple(rules[0]["strengths"])
+    return [{"name": name, "strengths": strengths, "sites": given.get("site") or ("input", "intermediate")}]

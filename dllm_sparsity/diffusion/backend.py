@@ -1,0 +1,289 @@
+"""diffusion: any masked-diffusion language model as an lm-eval LM."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dllm_sparsity.diffusion.denoise import DenoiseSettings, denoise, guided
+from dllm_sparsity.diffusion.likelihood import MAX_EXACT, MaskPlan, exact, monte_carlo, target_seed
+from dllm_sparsity.diffusion.sampler import Sampler
+from dllm_sparsity.diffusion.samplers.low_confidence import LowConfidence
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.base import Generation, Score, SparsityLM, Target
+from dllm_sparsity.lm.call import Rows, pad
+from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load
+from dllm_sparsity.sparsity.clock import Phase, Slot, TokenState
+
+_OPTIONS = {"do_sample", "temperature", "top_k", "top_p"}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One forward pass of one target: its number in the batch, and the number of its mask."""
+
+    target: int
+    mask: int
+
+
+class DiffusionBackend(SparsityLM):
+    """Likelihood bound and denoising of a masked-diffusion model, with its sparsity clock driven.
+
+    `is_greedy` says whether denoising with one token a step commits the target.
+
+    Args:
+        model: A model that sees both sides and predicts masked tokens.
+        tokenizer: Its tokenizer.
+        mask_token: Mask token or its id; from the tokenizer or the model's config when None.
+        logits_shift: Whether position i is predicted by the logits of i - 1, as in Dream.
+        mc: Monte-Carlo draws of the bound, or `exact` to enumerate all masks of short targets.
+        steps: Denoising steps over the canvas; one for each token when None.
+        block_length: Tokens denoised together; the whole canvas when None.
+        temperature: Of the Gumbel noise on proposals.
+        cfg_scale: Weight of classifier-free guidance, in likelihood and generation; 0 is off.
+        sampler: Chooses commits.
+        batch_size: Sequences in one forward pass.
+        max_length: Longest sequence; from the model's config when None.
+        seed: Seed of masks and sampling.
+    """
+
+    paradigm = "diffusion"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        mask_token: str | int | None = None,
+        logits_shift: bool = False,
+        mc: int | str = 16,
+        steps: int | None = None,
+        block_length: int | None = None,
+        temperature: float = 0.0,
+        cfg_scale: float = 0.0,
+        sampler: Sampler | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, **settings)
+        if mc != "exact" and (not isinstance(mc, int) or mc < 1):
+            raise UserError(f"{mc!r} is no number of Monte-Carlo draws", "give 1 or more, or exact for short targets")
+        self.mc, self.logits_shift, self.cfg_scale = mc, logits_shift, cfg_scale
+        self.mask_id = find_mask_id(model, tokenizer, mask_token)
+        self.denoising: dict[str, Any] = {
+            "steps": steps,
+            "block_length": block_length,
+            "temperature": temperature,
+            "cfg_scale": cfg_scale,
+            "sampler": sampler or LowConfidence(),
+            "logits_shift": logits_shift,
+        }
+
+    @classmethod
+    def from_source(cls, source: ModelSource, **settings: Any) -> DiffusionBackend:
+        """Load a model and make sure that it sees both sides.
+
+        Args:
+            source: Where the model comes from.
+            settings: Arguments of the backend.
+
+        Raises:
+            UserError: It cannot be loaded, or it is causal.
+        """
+        model, tokenizer = load(source)
+        check_paradigm(model, source.model, bidirectional=True)
+        return cls(model, tokenizer, **settings)
+
+    @property
+    def estimator(self) -> str:
+        """How likelihoods are estimated."""
+        return "bound, all masks" if self.mc == "exact" else f"bound, K={self.mc} stratified masks"
+
+    @property
+    def _window(self) -> int:
+        return self.max_length - 1  # the context token stands in the same canvas
+
+    def _plan(self, target: Target) -> MaskPlan:
+        length = len(target.tokens)
+        if self.mc == "exact":
+            if length > MAX_EXACT:
+                raise UserError(
+                    f"a target of {length} tokens is too long for the exact bound", "give --mc a number, such as 16"
+                )
+            return exact(length)
+        return monte_carlo(length, int(self.mc), target_seed(self.seed, target.context, target.tokens))
+
+    def _batches(self, order: list[int], targets: list[Target]) -> Iterable[list[int]]:
+        """Fill forward passes with whole targets; a target's masks stay together where they fit."""
+        batch: list[int] = []
+        rows = 0
+        for number in order:
+            more = 2 ** min(len(targets[number].tokens), MAX_EXACT) if self.mc == "exact" else int(self.mc)
+            if batch and rows + more > self.batch_size:
+                yield batch
+                batch, rows = [], 0
+            batch.append(number)
+            rows += more
+        if batch:
+            yield batch
+
+    def _score(self, targets: Sequence[Target]) -> list[Score]:
+        targets = [replace(t, context=_fit(t.context, self.max_length - len(t.tokens))) for t in targets]
+        plans = [self._plan(target) for target in targets]
+        rows = [_Row(number, mask) for number, plan in enumerate(plans) for mask in range(len(plan.masks))]
+        sums: list[list[float]] = [[] for _ in targets]
+        for start in range(0, len(rows), self.batch_size):
+            chunk = rows[start : start + self.batch_size]
+            for row, total in zip(chunk, self._forward(targets, plans, chunk), strict=True):
+                sums[row.target].append(total)
+        greedy = self._decodes_to(targets) if self.check_greedy else [False] * len(targets)
+        passes = 2 if self.cfg_scale else 1
+        return [
+            Score(bound, is_greedy, error, len(total) * passes)
+            for plan, total, is_greedy in zip(plans, sums, greedy, strict=True)
+            for bound, error in [plan.bound(total)]
+        ]
+
+    @torch.no_grad()
+    def _forward(self, targets: Sequence[Target], plans: list[MaskPlan], chunk: list[_Row]) -> list[float]:
+        """Return the summed log-probability of the masked tokens of each row."""
+        chosen = [targets[row.target] for row in chunk]
+        rows = pad([[*t.context, *t.tokens] for t in chosen], self.pad_id, "left", self.call.device)
+        width = rows.ids.shape[1]
+        hidden = torch.zeros_like(rows.real)
+        states = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
+        for number, (row, target) in enumerate(zip(chunk, chosen, strict=True)):
+            mask = torch.from_numpy(plans[row.target].masks[row.mask]).to(hidden.device)
+            hidden[number, width - len(target.tokens) :] = mask
+            states[number, width - len(target.tokens) :] = torch.where(mask, TokenState.MASKED, TokenState.COMMITTED)
+        left = width - max(len(target.tokens) for target in chosen)
+        columns = torch.arange(left, width, device=hidden.device)
+        asked = (columns - 1).clamp(min=0) if self.logits_shift else columns
+        noisy = rows.ids.masked_fill(hidden, self.mask_id)
+        with self.clock.batch([target.item for target in chosen], 2):
+            self.clock.tick(Slot(Phase.LIKELIHOOD), states)
+            logits = self.call(Rows(noisy, rows.real), asked)
+            if self.cfg_scale:
+                self.clock.tick(Slot(Phase.LIKELIHOOD, "uncond"), states)
+                blank = noisy.masked_fill(states == TokenState.PROMPT, self.mask_id)
+                logits = guided(logits, self.call(Rows(blank, rows.real), asked), self.cfg_scale)
+        wanted, answer = hidden[:, left:], rows.ids[:, left:]
+        picked = logits[wanted].log_softmax(-1, dtype=torch.float32)
+        found = picked.gather(-1, answer[wanted].unsqueeze(-1)).squeeze(-1).double()
+        owner = wanted.nonzero()[:, 0]
+        return torch.zeros(len(chunk), dtype=torch.float64, device=found.device).index_add_(0, owner, found).tolist()
+
+    def _decodes_to(self, targets: Sequence[Target]) -> list[bool]:
+        """Tell for each target whether denoising commits it; these forward passes are not counted as sparsity."""
+        result = [False] * len(targets)
+        lengths = sorted({len(target.tokens) for target in targets})
+        for length in lengths:
+            members = [n for n, target in enumerate(targets) if len(target.tokens) == length]
+            settings = DenoiseSettings(length, cfg_scale=self.cfg_scale, logits_shift=self.logits_shift)
+            wanted = torch.tensor([targets[n].tokens for n in members], device=self.call.device)
+            right = torch.ones(len(members), dtype=torch.bool, device=wanted.device)
+            with self.clock.paused():
+                self.clock.begin([targets[n].item for n in members], settings.max_forwards)
+                contexts = [targets[n].context for n in members]
+                for step in denoise(
+                    self.call, self.clock, contexts, settings, mask_id=self.mask_id, pad_id=self.pad_id
+                ):
+                    right &= ~(step.committed & (step.canvas != wanted)).any(-1)
+                    if not right.any():
+                        break
+            for number, is_right in zip(members, right.tolist(), strict=True):
+                result[number] = is_right
+        return result
+
+    def _generate(
+        self, prompts: list[list[int]], items: list[Hashable], length: int, until: list[str], options: dict[str, Any]
+    ) -> list[Generation]:
+        unknown = sorted(set(options) - _OPTIONS)
+        if unknown or options.get("top_k") or (options.get("top_p") or 1.0) < 1.0:
+            raise UserError(
+                f"generation arguments not supported by denoising: {', '.join(unknown) or 'top_k, top_p'}",
+                "the task may use: do_sample, temperature",
+            )
+        sampled = {"temperature": options["temperature"]} if options.get("do_sample") else {}
+        settings = DenoiseSettings(length, **{**self.denoising, **sampled})
+        generators = [torch.Generator().manual_seed(zlib.crc32(repr((self.seed, item)).encode())) for item in items]
+        nfe = torch.zeros(len(prompts), dtype=torch.long)
+        canvas = torch.full((len(prompts), length), self.mask_id)
+        with self.clock.batch(items, settings.max_forwards):
+            for step in denoise(
+                self.call,
+                self.clock,
+                prompts,
+                settings,
+                mask_id=self.mask_id,
+                pad_id=self.pad_id,
+                eos_id=self.eot_token_id,
+                generators=generators,
+            ):
+                nfe += step.active.cpu()
+                canvas = step.canvas
+                if self._all_ended(canvas, (step.block + 1) * settings.block):
+                    break
+        return [self._cut(row, int(count), until) for row, count in zip(canvas.tolist(), nfe, strict=True)]
+
+    def _all_ended(self, canvas: torch.Tensor, stop: int) -> bool:
+        """Tell whether every row has an end token with nothing masked before it; what follows is cut off anyway."""
+        if self.eot_token_id is None:
+            return False
+        seen = canvas[:, :stop]
+        ended = (seen == self.eot_token_id).long().cumsum(-1) > 0
+        return bool((ended.any(-1) & ~((seen == self.mask_id) & ~ended).any(-1)).all())
+
+    def _cut(self, tokens: list[int], nfe: int, until: list[str]) -> Generation:
+        if self.eot_token_id in tokens:
+            tokens = tokens[: tokens.index(self.eot_token_id) + 1]
+        new_tokens = len(tokens)
+        if self.eot_token_id is not None and tokens[-1:] == [self.eot_token_id]:
+            tokens = tokens[:-1]
+        for stop in until:
+            text = self.tokenizer.decode(tokens)
+            if stop in text:
+                tokens = _up_to(self.tokenizer, tokens, stop)
+                new_tokens = len(tokens)
+        return Generation(tokens, new_tokens, nfe)
+
+
+def find_mask_id(model: Any, tokenizer: Any, given: str | int | None) -> int:
+    """Return the id of the mask token.
+
+    Args:
+        model: The model; its config is asked last.
+        tokenizer: Its tokenizer.
+        given: What the user said: a token or an id.
+
+    Raises:
+        UserError: There is none, or what was given is not in the vocabulary.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    if given is not None:
+        text = str(given)
+        found = int(text) if text.isdecimal() else tokenizer.convert_tokens_to_ids(text)
+        if found is None or not 0 <= found < size or (found == tokenizer.unk_token_id and text != tokenizer.unk_token):
+            raise UserError(
+                f"mask token {given!r} is not in the vocabulary", "give a token of the tokenizer, or its id"
+            )
+        return found
+    for found in (tokenizer.mask_token_id, getattr(model.config, "mask_token_id", None)):
+        if found is not None:
+            return int(found)
+    raise UserError("neither tokenizer nor config names a mask token", "give it with --mask-token TOKEN")
+
+
+def _fit(context: list[int], room: int) -> list[int]:
+    return context[-room:] if room > 0 else []
+
+
+def _up_to(tokenizer: Any, tokens: list[int], stop: str) -> list[int]:
+    """Return the shortest prefix of the tokens whose text holds the stop string."""
+    for end in range(1, len(tokens) + 1):
+        if stop in tokenizer.decode(tokens[:end]):
+            return tokens[:end]
+    return tokens

@@ -1,0 +1,1 @@
+"""What both backends share: loading a model, calling it, and the lm-eval side of a language model."""

@@ -1,0 +1,293 @@
+"""The lm-eval side that both backends share: tokens, batches, and what is logged about each item."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.call import ModelCall
+from dllm_sparsity.sparsity.clock import Clock
+
+
+@dataclass(frozen=True)
+class Target:
+    """Tokens to score in their context."""
+
+    item: Hashable
+    context: list[int]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What scoring a target gave: nats, a Monte-Carlo standard error (0 where exact), and forward passes."""
+
+    loglikelihood: float
+    is_greedy: bool
+    error: float
+    nfe: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated token ids up to the stop, how many were generated with it, and forward passes until then."""
+
+    tokens: list[int]
+    new_tokens: int
+    nfe: int
+
+
+@dataclass
+class ItemLog:
+    """What is known about one item when its task has run; lists are in the order of its requests."""
+
+    loglikelihoods: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    target_tokens: list[int] = field(default_factory=list)
+    answer_tokens: list[int] = field(default_factory=list)
+    nfe: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+
+
+class SparsityLM(TemplateLM):
+    """A language model as lm-eval asks for it, that keeps a clock and a log.
+
+    Args:
+        model: A transformers model.
+        tokenizer: Its tokenizer.
+        batch_size: Sequences in one forward pass.
+        max_length: Longest sequence; from the model's config when None.
+        seed: Seed of everything random.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int = 16, max_length: int | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size} is not positive", "give a batch size of 1 or more")
+        self.model, self.tokenizer, self.batch_size, self.seed = model, tokenizer, batch_size, seed
+        self.call, self.clock = ModelCall(model), Clock()
+        self.log: dict[Hashable, ItemLog] = {}
+        self.check_greedy = True
+        """Whether loglikelihood requests need `is_greedy`; False saves a diffusion model one decoding each."""
+        self.progress: Callable[[int, int], None] = lambda done, total: None
+        """Called with (requests done, requests in all) after each batch."""
+        self.max_length = max_length or _max_length(model, tokenizer)
+        self.max_gen_toks = 256
+        self._items: list[Hashable] = []
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id of the end-of-text token."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Id that stands before a text without context."""
+        return self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.eot_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id to pad with; it is masked wherever it could be seen."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in known if token is not None)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer, for lm-eval's caches."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation with the tokenizer's chat template.
+
+        Args:
+            chat_history: Messages with `role` and `content`.
+            add_generation_prompt: Whether the assistant speaks next; otherwise the last message is continued.
+        """
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Turn text into token ids, with the tokenizer's own special tokens unless told otherwise.
+
+        Args:
+            string: The text; one that begins with the BOS token gets no second one.
+            add_special_tokens: As in transformers; None leaves it to the tokenizer.
+            kwargs: Ignored; other lm-eval models take more.
+        """
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        extra = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **extra)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score continuations; see lm-eval.
+
+        Args:
+            requests: `(context, continuation)` each.
+            disable_tqdm: Ignored; `progress` reports.
+        """
+        self._items = [_item(request) for request in requests]
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: list[tuple], **kwargs: Any) -> list[tuple[float, bool]]:
+        items = self._items if len(self._items) == len(requests) else list(range(len(requests)))
+        targets = [
+            Target(item, list(context), list(tokens))
+            for item, (_, context, tokens) in zip(items, requests, strict=True)
+        ]
+        scores = self._score_all(targets)
+        return [(score.loglikelihood, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts in windows of the model's length; see lm-eval.
+
+        Args:
+            requests: `(text,)` each.
+            disable_tqdm: Ignored; `progress` reports.
+        """
+        targets, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self._window, context_len=1)
+            for context, target in map(make_disjoint_window, windows):
+                targets.append(Target(_item(request), list(context), list(target)))
+                owners.append(number)
+        with self._without_greedy():
+            scores = self._score_all(targets, merge=True)
+        totals = [0.0] * len(requests)
+        for number, score in zip(owners, scores, strict=True):
+            totals[number] += score.loglikelihood
+        return totals
+
+    @property
+    def _window(self) -> int:
+        return self.max_length
+
+    @contextmanager
+    def _without_greedy(self) -> Iterator[None]:
+        before, self.check_greedy = self.check_greedy, False
+        try:
+            yield
+        finally:
+            self.check_greedy = before
+
+    def _score_all(self, targets: list[Target], merge: bool = False) -> list[Score]:
+        """Score in batches of similar length, longest first; the batches depend on the requests alone."""
+        order = sorted(
+            range(len(targets)), key=lambda n: (-len(targets[n].context) - len(targets[n].tokens), targets[n].tokens)
+        )
+        scores: dict[int, Score] = {}
+        for numbers in self._batches(order, targets):
+            started = time.perf_counter()
+            for number, score in zip(numbers, self._score([targets[n] for n in numbers]), strict=True):
+                scores[number] = score
+            spent = (time.perf_counter() - started) / len(numbers)
+            for number in numbers:
+                self._entry(targets[number].item).seconds += spent
+            self.progress(len(scores), len(targets))
+        for number, target in enumerate(targets):
+            self._log_score(target, scores[number], merge)
+        return [scores[number] for number in range(len(targets))]
+
+    def _log_score(self, target: Target, score: Score, merge: bool) -> None:
+        entry = self._entry(target.item)
+        entry.nfe += score.nfe
+        if merge and entry.loglikelihoods:  # windows of one text add up
+            entry.loglikelihoods[0] += score.loglikelihood
+            entry.errors[0] = math.hypot(entry.errors[0], score.error)
+            entry.target_tokens[0] += len(target.tokens)
+        else:
+            entry.loglikelihoods.append(score.loglikelihood)
+            entry.errors.append(score.error)
+            entry.target_tokens.append(len(target.tokens))
+
+    def _batches(self, order: list[int], targets: list[Target]) -> Iterable[list[int]]:
+        return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate text up to stop strings; see lm-eval.
+
+        Args:
+            requests: `(context, generation arguments)` each.
+            disable_tqdm: Ignored; `progress` reports.
+
+        Raises:
+            UserError: The canvas is longer than the model, or an argument is not supported.
+        """
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+        texts: dict[int, str] = {}
+        for numbers in groups.values():
+            options = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks))
+            until = [stop for stop in options.pop("until", None) or [] if stop]
+            room = self.max_length - (length := int(options.pop("max_gen_toks")))
+            if room < 1:
+                raise UserError(
+                    f"{length} new tokens do not fit a model of {self.max_length}", "lower max_gen_toks in the task"
+                )
+            numbers.sort(key=lambda n: (-len(prompts[n]), requests[n].args[0]))
+            for start in range(0, len(numbers), self.batch_size):
+                chunk = numbers[start : start + self.batch_size]
+                items = [_item(requests[n]) for n in chunk]
+                started = time.perf_counter()
+                done = self._generate([prompts[n][-room:] for n in chunk], items, length, until, options)
+                spent = (time.perf_counter() - started) / len(chunk)
+                for number, item, generation in zip(chunk, items, done, strict=True):
+                    texts[number] = self._log_generation(item, generation, until, spent)
+                self.progress(len(texts), len(requests))
+        return [texts[number] for number in range(len(requests))]
+
+    def _log_generation(self, item: Hashable, generation: Generation, until: list[str], seconds: float) -> str:
+        entry = self._entry(item)
+        entry.answer_tokens = generation.tokens
+        entry.nfe += generation.nfe
+        entry.new_tokens += generation.new_tokens
+        entry.seconds += seconds
+        text = self.tokenizer.decode(generation.tokens, skip_special_tokens=True)
+        return postprocess_generated_text(text, until, None)
+
+    def _entry(self, item: Hashable) -> ItemLog:
+        return self.log.setdefault(item, ItemLog())
+
+    @abstractmethod
+    def _score(self, targets: Sequence[Target]) -> list[Score]:
+        """Score one batch of targets."""
+
+    @abstractmethod
+    def _generate(
+        self, prompts: list[list[int]], items: list[Hashable], length: int, until: list[str], options: dict[str, Any]
+    ) -> list[Generation]:
+        """Generate for one batch of prompts."""
+
+
+def _item(request: Instance) -> Hashable:
+    return (request.task_name, request.doc_id)
+
+
+def _max_length(model: Any, tokenizer: Any) -> int:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for name in ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    length = getattr(tokenizer, "model_max_length", 2048)
+    return length if length < 10**9 else 2048

@@ -1,0 +1,101 @@
+"""Call any transformers model with padded token rows, and get logits for the positions that are asked for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of unequal length, padded to one rectangle.
+
+    Args:
+        ids: Token ids.
+        real: False at padding.
+    """
+
+    ids: Int[Tensor, "batch seq"]
+    real: Bool[Tensor, "batch seq"]
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int, side: str, device: torch.device) -> Rows:
+    """Pad rows of token ids to the longest of them.
+
+    Args:
+        rows: Token ids.
+        fill: Id to pad with.
+        side: `left` or `right`.
+        device: Where the tensors go.
+    """
+    width = max(map(len, rows))
+    gaps = [width - len(row) for row in rows]
+    if side == "left":
+        ids = [[fill] * gap + list(row) for gap, row in zip(gaps, rows, strict=True)]
+        real = [[False] * gap + [True] * (width - gap) for gap in gaps]
+    else:
+        ids = [list(row) + [fill] * gap for gap, row in zip(gaps, rows, strict=True)]
+        real = [[True] * (width - gap) + [False] * gap for gap in gaps]
+    return Rows(torch.tensor(ids, device=device), torch.tensor(real, device=device))
+
+
+class ModelCall:
+    """A model with one way to call it, whatever its forward accepts.
+
+    Args:
+        model: A transformers model that takes `input_ids` and returns logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._known = set(parameters)
+        self._takes_positions = "position_ids" in parameters
+        self._keeps = "logits_to_keep" in parameters
+        self._cached = "use_cache" in parameters or (takes_any and "past_key_values" in parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    def __call__(
+        self,
+        rows: Rows,
+        positions: Int[Tensor, kept] | None = None,
+        cache: Any = None,
+        past: Bool[Tensor, "batch past"] | None = None,
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """Return logits for the columns asked for.
+
+        Args:
+            rows: Token rows; with a cache, the new tokens only.
+            positions: Columns to return, the same for every row; all when None.
+            cache: A transformers cache that the call reads and extends.
+            past: Which cached columns are real tokens.
+        """
+        real = rows.real if past is None else torch.cat([past, rows.real], dim=1)
+        padded = not bool(real.all())
+        extra: dict[str, Any] = {}
+        if padded or past is not None:
+            extra["attention_mask"] = real.long()
+            if self._takes_positions:
+                extra["position_ids"] = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -rows.ids.shape[1] :]
+        if cache is not None:
+            extra.update(past_key_values=cache, use_cache=True)
+        elif self._cached:
+            extra["use_cache"] = False
+        if positions is not None and self._keeps:
+            extra["logits_to_keep"] = positions
+        logits = self.model(input_ids=rows.ids, **extra).logits
+        return logits if positions is None or self._keeps else logits[:, positions]

@@ -1,0 +1,176 @@
+"""Load a model and its tokenizer by hub id or folder, and make sure that it is of the paradigm it is given as."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_sparsity.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Args:
+        model: Hub id or folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code that comes with the model may run.
+        dtype: float32, bfloat16 or float16.
+        device: A torch device, such as cpu or cuda:0.
+    """
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def load(source: ModelSource) -> tuple[Any, Any]:
+    """Return (model, tokenizer), the model in eval mode on its device.
+
+    Args:
+        source: Where the model comes from.
+
+    Raises:
+        UserError: It does not exist, may not be read, needs code that is not trusted, or has no safetensors.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    check_exists(source.model, source.revision)
+    device = _device(source.device)
+    keys: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.model, **keys)
+        auto = _auto_class(config)
+        from dllm_sparsity.lm.shims import prepare
+
+        prepare(source.model, config, auto.__name__, keys)
+        model = auto.from_pretrained(
+            source.model, config=config, dtype=getattr(torch, source.dtype), use_safetensors=True, **keys
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.model, **keys)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        raise _load_error(source, error) from error
+    if getattr(model, "generation_config", None) is None:
+        model.generation_config = GenerationConfig()
+    return model.to(device).eval(), tokenizer
+
+
+def check_exists(model: str, revision: str | None = None) -> None:
+    """Refuse a model that cannot be had, before any weight is read.
+
+    Args:
+        model: Hub id or folder.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        UserError: It is no folder with a config.json, and the hub does not give it.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import errors as hub
+
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{model} holds no config.json", "give a folder made by save_pretrained, or a hub id")
+        return
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UserError(f"no such folder: {model}", "check the path; a model on the hub has an id such as org/name")
+    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1"
+    try:
+        hf_hub_download(model, "config.json", revision=revision)
+    except hub.GatedRepoError as error:
+        raise UserError(f"{model} is gated", "accept its terms on the hub, then log in with: hf auth login") from error
+    except hub.RepositoryNotFoundError as error:
+        raise UserError(f"no model {model!r} on the hub", "check the id; a private one needs: hf auth login") from error
+    except hub.RevisionNotFoundError as error:
+        raise UserError(f"{model} has no revision {revision!r}", "look at its branches and tags on the hub") from error
+    except hub.HFValidationError as error:
+        raise UserError(f"{model!r} is neither a folder nor a hub id", "ids look like org/name") from error
+    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, OSError) as error:
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        raise UserError(
+            f"model {model!r} is not on this machine and {why}", "give a local folder, or go online"
+        ) from error
+
+
+def _auto_class(config: Any) -> Any:
+    """Choose the transformers class that gives logits for every position."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    classes = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoModelForMaskedLM": AutoModelForMaskedLM}
+    remote = getattr(config, "auto_map", None) or {}
+    for name in (*classes, "AutoModel"):
+        if name in remote:
+            return classes.get(name, AutoModel)
+    architectures = getattr(config, "architectures", None) or [""]
+    return AutoModelForMaskedLM if architectures[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}", "give cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name} asked for, but torch sees no GPU", "use --device cpu, or install a CUDA torch")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"no device {name}", f"torch sees cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return device
+
+
+def _load_error(source: ModelSource, error: Exception) -> UserError:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return UserError(f"{source.model} runs code of its own", "read it, then add --trust-remote-code")
+    if "safetensors" in text and "no file named" in text:
+        return UserError(f"{source.model} has no safetensors weights", "convert it: load and save_pretrained it once")
+    return UserError(f"cannot load {source.model}: {text[:200]}", "DLLM_SPARSITY_DEBUG=1 shows where it failed")
+
+
+@torch.no_grad()
+def sees_right_context(model: Any) -> bool:
+    """Tell whether the first token's logits depend on the last token, by trying.
+
+    Args:
+        model: A model that takes `input_ids` and returns logits.
+    """
+    from dllm_sparsity.lm.call import ModelCall, Rows
+
+    call = ModelCall(model)
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 9, device=call.device).remainder(size).unsqueeze(0)
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + size // 2) % size
+    real = torch.ones_like(ids, dtype=torch.bool)
+    first, second = call(Rows(ids, real)), call(Rows(other, real))
+    return not torch.equal(first[:, :3], second[:, :3])
+
+
+def check_paradigm(model: Any, name: str, bidirectional: bool) -> None:
+    """Refuse a causal model as a diffusion model, and the reverse.
+
+    Args:
+        model: The loaded model.
+        name: What the user called it.
+        bidirectional: What it has to be.
+
+    Raises:
+        UserError: It is the other kind.
+    """
+    if sees_right_context(model) == bidirectional:
+        return
+    if bidirectional:
+        raise UserError(
+            f"{name} is a causal model, it cannot be used as a diffusion model",
+            "give it as --ar; a decoder trained to unmask is saved with config.is_causal = False",
+        )
+    raise UserError(f"{name} sees tokens to the right, it is not autoregressive", "give it as --diffusion")

@@ -1,0 +1,1 @@
+"""From a configuration to sealed records; importing config, records or rundir never imports torch."""

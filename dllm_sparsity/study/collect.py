@@ -1,0 +1,127 @@
+"""From what lm-eval and a tracker return to the two tables and the record of a cell."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from typing import Any
+
+import pyarrow as pa
+
+from dllm_sparsity.study.records import PRIMITIVE_SITES, Quality, samples_schema, steps_schema
+
+
+def sample_table(task: str, samples: list[dict], log: dict, per_item: dict) -> pa.Table:
+    """Return samples.parquet of a cell; of several filters the first is kept.
+
+    Args:
+        task: lm-eval's name of the task.
+        samples: lm-eval's logged samples.
+        log: Item -> what the backend logged.
+        per_item: Item -> site -> (kept, total).
+    """
+    rows: dict[str, list] = {field.name: [] for field in samples_schema()}
+    first = samples[0]["filter"] if samples else None
+    for sample in samples:
+        if sample["filter"] != first:
+            continue
+        entry, counts = log[(task, sample["doc_id"])], per_item.get((task, sample["doc_id"]), {})
+        metrics = {name: value for name in sample["metrics"] if (value := _number(sample[name])) is not None}
+        row = {
+            "task": task,
+            "doc_id": sample["doc_id"],
+            "doc_hash": sample["doc_hash"],
+            "prompt_hash": sample["prompt_hash"],
+            "filter": sample["filter"],
+            "answer": _answer(sample, entry),
+            "correct": next(iter(metrics.values()), None),
+            "metrics": json.dumps(metrics),
+            "target": sample["target"] if isinstance(sample["target"], int) and len(entry.loglikelihoods) > 1 else None,
+            "loglikelihoods": entry.loglikelihoods,
+            "loglikelihood_errors": [None if math.isnan(error) else error for error in entry.errors],
+            "target_tokens": entry.target_tokens,
+            "answer_tokens": entry.answer_tokens,
+            "nfe": entry.nfe,
+            "new_tokens": entry.new_tokens,
+            "seconds": entry.seconds,
+        }
+        for site in PRIMITIVE_SITES:
+            row[f"kept_{site}"], row[f"total_{site}"] = counts.get(site, (None, None))
+        for name, column in rows.items():
+            column.append(row[name])
+    return pa.table(rows, schema=samples_schema())
+
+
+def _answer(sample: dict, entry: Any) -> str:
+    if len(entry.loglikelihoods) > 1:
+        return str(max(range(len(entry.loglikelihoods)), key=entry.loglikelihoods.__getitem__))
+    response = sample["filtered_resps"][0]
+    return response if isinstance(response, str) else ""
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number; lm-eval also returns pairs and texts that only its own aggregations understand."""
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def step_table(columns: dict[str, list]) -> pa.Table:
+    """Return steps.parquet of a cell.
+
+    Args:
+        columns: As a reading has them.
+    """
+    schema = steps_schema("rows_prev" in columns)
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def qualities(task: Any, samples: pa.Table) -> list[Quality]:
+    """Return what a cell's quality is measured by; the first is the headline.
+
+    Args:
+        task: lm-eval's object.
+        samples: The cell's samples.
+    """
+    better = task.higher_is_better()
+    names = (
+        [name for name in json.loads(samples["metrics"][0].as_py()) if better.get(name, True)] if len(samples) else []
+    )
+    values = {name: [json.loads(text).get(name) for text in samples["metrics"].to_pylist()] for name in names}
+    found: list[Quality] = []
+    for name in names:
+        kind = _kind(name, values[name])
+        chance = None
+        if kind == "accuracy" and task.OUTPUT_TYPE == "multiple_choice":
+            chance = sum(1 / max(1, len(lls)) for lls in samples["loglikelihoods"].to_pylist()) / len(samples)
+        found.append({"name": name, "kind": kind, "chance": chance})
+    nll: Quality = {"name": "nll", "kind": "nll", "chance": None}
+    if task.OUTPUT_TYPE == "generate_until":
+        return [*found, {"name": "agreement", "kind": "agreement", "chance": None}]
+    return [nll] if task.OUTPUT_TYPE == "loglikelihood_rolling" else [*found, nll]
+
+
+def _kind(name: str, values: list[float | None]) -> str:
+    if name.endswith("loglikelihood"):
+        return "loglikelihood"
+    return "accuracy" if all(value in (0.0, 1.0, None) for value in values) else "score"
+
+
+def totals(samples: pa.Table) -> dict[str, Any]:
+    """Return the sums of a cell.
+
+    Args:
+        samples: The cell's samples.
+    """
+    import pyarrow.compute as pc
+
+    def total(name: str) -> Any:
+        return pc.sum(samples[name]).as_py()
+
+    sites = {
+        site: {"kept": total(f"kept_{site}"), "total": total(f"total_{site}")}
+        for site in PRIMITIVE_SITES
+        if total(f"total_{site}")
+    }
+    return {"nfe": total("nfe"), "new_tokens": total("new_tokens"), "seconds": total("seconds"), "sites": sites}

@@ -1,0 +1,175 @@
+"""What a study runs: the configuration file, validated once. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dllm_sparsity.errors import UserError, did_you_mean
+
+EMBEDDED = "embedded:"
+"""Prefix of a model that ships with this package: embedded:autoregressive, embedded:diffusion."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """One model and how it is run."""
+
+    paradigm: Literal["autoregressive", "diffusion"]
+    model: str
+    label: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_size: int = Field(default=16, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
+    mask_token: str | int | None = None
+    logits_shift: bool = False
+    mc: int | Literal["exact"] = 16
+    steps: int | None = Field(default=None, ge=1)
+    block_length: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    cfg_scale: float = Field(default=0.0, ge=0)
+    sampler: str = "low_confidence"
+    confidence_threshold: float | None = Field(default=None, gt=0, le=1)
+
+    @property
+    def name(self) -> str:
+        """What people see."""
+        return self.label or self.model.removeprefix(EMBEDDED).rstrip("/").rsplit("/", 1)[-1]
+
+    @field_validator("mc")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be 1 or more")
+        return value
+
+
+class TaskSpec(_Frozen):
+    """One task and how much of it is run."""
+
+    name: str | None = None
+    text: str | None = None
+    """A text file of one's own, scored as likelihood, instead of a task name."""
+    limit: int | None = Field(default=None, ge=1)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    chat_template: bool = False
+    mc: int | Literal["exact"] | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TaskSpec:
+        if (self.name is None) == (self.text is None):
+            raise ValueError("give either name or text")
+        return self
+
+
+class RuleConfig(_Frozen):
+    """One rule, its strengths and where it acts; every strength at every site is a cell."""
+
+    name: str
+    strengths: tuple[float, ...] = Field(min_length=1)
+    sites: tuple[str, ...] = Field(default=("input", "intermediate"), min_length=1)
+    layers: tuple[int, ...] | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class StudyConfig(_Frozen):
+    """A whole study."""
+
+    name: str = Field(default="study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
+    rules: tuple[RuleConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> StudyConfig:
+        names = [(model.paradigm, model.name) for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError("two models of one paradigm have the same name; give each a label")
+        return self
+
+
+def read_config(path: str | Path) -> StudyConfig:
+    """Read a study from a YAML file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: It cannot be read, is no YAML, or a field is wrong.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no such file: {path}", "give a study in YAML; the folder configs/ has some to start from"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}", "give a study in YAML") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}", "mend the file") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no fields", "start from a file in configs/")
+    return build_config(data, str(path))
+
+
+def build_config(data: dict[str, Any], source: str = "the study") -> StudyConfig:
+    """Validate a study given as plain data, names included.
+
+    Args:
+        data: Fields as in the YAML file.
+        source: What to call it in errors.
+
+    Raises:
+        UserError: A field, name or strength is wrong.
+    """
+    try:
+        config = StudyConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        hint = "the files in configs/ comment every field"
+        if first["type"] == "extra_forbidden":
+            where, hint = (
+                f"{where}{did_you_mean(str(first['loc'][-1]), _known_fields(first['loc']))}",
+                "remove or rename it",
+            )
+        raise UserError(f"{source}: {where}: {first['msg']}", hint) from error
+    _check_names(config)
+    return config
+
+
+def _known_fields(location: tuple) -> list[str]:
+    kinds = {"models": ModelConfig, "tasks": TaskSpec, "rules": RuleConfig}
+    return (
+        list(kinds.get(str(location[0]), StudyConfig).model_fields)
+        if len(location) > 1
+        else list(StudyConfig.model_fields)
+    )
+
+
+def _check_names(config: StudyConfig) -> None:
+    """Refuse unknown rules, samplers and sites without importing torch; strengths are checked when rules are built."""
+    from dllm_sparsity import registry
+
+    sites = ["input", "gate", "up", "intermediate", "all"]
+    for rule in config.rules:
+        registry.check("rules", rule.name)
+        for site in rule.sites:
+            if site not in sites:
+                raise UserError(f"unknown site {site!r}{did_you_mean(site, sites)}", f"sites are: {', '.join(sites)}")
+    for model in config.models:
+        registry.check("backends", model.paradigm)
+        registry.check("samplers", model.sampler)
+    for task in config.tasks:
+        if task.text is not None and not Path(task.text).is_file():
+            raise UserError(f"no such text file: {task.text}", "give a UTF-8 text file")

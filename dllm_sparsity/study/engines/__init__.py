@@ -1,0 +1,1 @@
+"""Engines: who runs the cells of a plan. One process, one machine so far."""

@@ -1,0 +1,103 @@
+"""From a model's configuration to a backend that runs it; backends are reached through the registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dllm_sparsity import registry
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.config import EMBEDDED, ModelConfig
+
+_PAIR = Path(__file__).parent.parent / "pair"
+_DIFFUSION = ("mask_token", "logits_shift", "mc", "steps", "block_length", "temperature", "cfg_scale")
+
+
+def resolve(model: str) -> str:
+    """Return the folder of an embedded model, or what was given.
+
+    Args:
+        model: `embedded:autoregressive`, `embedded:diffusion`, a folder or a hub id.
+
+    Raises:
+        UserError: There is no such embedded model.
+    """
+    if not model.startswith(EMBEDDED):
+        return model
+    folder = _PAIR / model.removeprefix(EMBEDDED)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no embedded model {model!r}", "there are embedded:autoregressive and embedded:diffusion")
+    return str(folder)
+
+
+def open_backend(config: ModelConfig, device: str, seed: int) -> Any:
+    """Load a model into its backend.
+
+    Args:
+        config: The model and how it is run.
+        device: A torch device, or `auto`.
+        seed: Seed of everything random.
+
+    Raises:
+        UserError: It cannot be loaded, or is of the other paradigm.
+    """
+    from dllm_sparsity.lm.loading import ModelSource
+
+    source = ModelSource(
+        resolve(config.model), config.revision, config.trust_remote_code, config.dtype, choose_device(device)
+    )
+    settings: dict[str, Any] = {"batch_size": config.batch_size, "max_length": config.max_length, "seed": seed}
+    if config.paradigm == "diffusion":
+        settings |= {name: getattr(config, name) for name in _DIFFUSION}
+        settings["sampler"] = make_sampler(config)
+    return registry.get("backends", config.paradigm).from_source(source, **settings)
+
+
+def make_sampler(config: ModelConfig) -> Any:
+    """Return the sampler that a configuration names.
+
+    Args:
+        config: The model and how it is run.
+    """
+    import dataclasses
+
+    cls = registry.get("samplers", config.sampler)
+    if config.confidence_threshold is None:
+        return cls()
+    if "confidence_threshold" not in {field.name for field in dataclasses.fields(cls)}:
+        raise UserError(f"sampler {config.sampler} has no confidence threshold", "use sampler confidence_threshold")
+    return cls(confidence_threshold=config.confidence_threshold)
+
+
+def make_rule(name: str, strength: float, parameters: dict[str, Any]) -> Any:
+    """Build a rule.
+
+    Args:
+        name: Registered name.
+        strength: Its main parameter.
+        parameters: Its other parameters.
+
+    Raises:
+        UserError: A parameter is unknown, or the strength is out of range.
+    """
+    import dataclasses
+
+    cls = registry.get("rules", name)
+    known = [field.name for field in dataclasses.fields(cls) if field.init][1:]
+    unknown = sorted(set(parameters) - set(known))
+    if unknown:
+        raise UserError(f"rule {name} has no parameter {unknown[0]!r}", f"it has: {', '.join(known) or 'no others'}")
+    return cls(strength, **parameters)
+
+
+def choose_device(device: str) -> str:
+    """Return cuda where there is one and the user left it open.
+
+    Args:
+        device: A torch device, or `auto`.
+    """
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,111 @@
+"""From a study to its cells: what is run, in which order, and the fingerprint of each. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.records import PRIMITIVE_SITES
+
+_ALL = ("input", "intermediate")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one task, dense or under one rule at one strength and site.
+
+    Args:
+        model: The model and how it is run.
+        task: The task as the user gave it; one name may stand for several tasks.
+        rule: None when dense.
+        strength: The rule's main parameter.
+        site: As asked for; None when dense.
+        sites: Primitive sites that are recorded.
+    """
+
+    model: ModelConfig
+    task: TaskSpec
+    rule: RuleConfig | None
+    strength: float | None
+    site: str | None
+    sites: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """What progress shows."""
+        where = "dense" if self.rule is None else f"{self.rule.name} {self.strength:g} {self.site}"
+        return f"{self.model.name} | {self.task.name or self.task.text} | {where}"
+
+
+def expand(config: StudyConfig) -> list[Cell]:
+    """Return the cells of a study: for each model and task the dense one, then each rule, site and strength.
+
+    Args:
+        config: The study.
+    """
+    asked = {site for rule in config.rules for choice in rule.sites for site in _primitive(choice)}
+    recorded = tuple(site for site in PRIMITIVE_SITES if site in asked)
+    cells = []
+    for model in config.models:
+        for task in config.tasks:
+            cells.append(Cell(model, task, None, None, None, recorded))
+            for rule in config.rules:
+                for site in rule.sites:
+                    cells += [Cell(model, task, rule, s, site, _primitive(site)) for s in dict.fromkeys(rule.strengths)]
+    return cells
+
+
+def _primitive(site: str) -> tuple[str, ...]:
+    return _ALL if site == "all" else (site,)
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits that change with anything in the parts.
+
+    Args:
+        parts: Plain data; the order of keys does not matter.
+    """
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, Any], versions: dict[str, str]) -> dict:
+    """Return all that can change the answer of a cell.
+
+    Args:
+        cell: The cell.
+        seed: The study's seed.
+        weights: What identifies the model's files.
+        task: What identifies the task: name, version, documents, prompts.
+        versions: Of the packages that compute.
+    """
+    model = cell.model.model_dump(mode="json", exclude={"label", "model"})
+    if cell.task.mc is not None:
+        model["mc"] = cell.task.mc
+    if cell.model.paradigm == "autoregressive":
+        only = ("paradigm", "revision", "trust_remote_code", "dtype", "batch_size", "max_length")
+        model = {name: model[name] for name in only}
+    rule = None
+    if cell.rule is not None:
+        rule = {
+            "name": cell.rule.name,
+            "strength": cell.strength,
+            "site": cell.site,
+            "layers": list(cell.rule.layers) if cell.rule.layers is not None else None,
+            "parameters": cell.rule.parameters,
+        }
+    return {
+        "model": model,
+        "weights": weights,
+        "task": task,
+        "limit": cell.task.limit,
+        "num_fewshot": cell.task.num_fewshot,
+        "chat_template": cell.task.chat_template,
+        "rule": rule,
+        "sites": list(cell.sites),
+        "seed": seed,
+        "versions": versions,
+    }

@@ -1,0 +1,157 @@
+"""lm-eval tasks by name, from a YAML file or from one's own text; each is built once per process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dllm_sparsity.errors import UserError, did_you_mean
+from dllm_sparsity.study.config import TaskSpec
+
+FOLDER = Path(__file__).parent.parent / "tasks"
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """One lm-eval task, ready to run.
+
+    Args:
+        name: lm-eval's name.
+        task: lm-eval's object.
+        identity: What changes when the task's documents, prompts or version change.
+        size: Documents that are run.
+        cost: Rough number of characters a model reads and writes once through, for the time left.
+    """
+
+    name: str
+    task: Any
+    identity: dict[str, Any]
+    size: int
+    cost: float
+
+    @property
+    def output_type(self) -> str:
+        """lm-eval's name of what is asked of the model."""
+        return self.task.OUTPUT_TYPE
+
+
+def load_tasks(spec: TaskSpec, seed: int) -> list[LoadedTask]:
+    """Return the tasks that a name stands for; a group or tag stands for several.
+
+    Args:
+        spec: The task as the user gave it.
+        seed: Seed of few-shot examples.
+
+    Raises:
+        UserError: There is no such task, or its data cannot be had.
+    """
+    found = _from_text(spec.text) if spec.text is not None else _by_name(spec.name or "")
+    loaded = []
+    for name, task in found.items():
+        if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until"):
+            raise UserError(
+                f"task {name} asks for {task.OUTPUT_TYPE!r}, which no backend here can do", "choose another"
+            )
+        if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
+            kind = "reads images" if getattr(task, "MULTIMODAL", False) else "runs code that the model wrote"
+            raise UserError(f"task {name} {kind}, which no backend here does", "choose another task")
+        if spec.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=spec.num_fewshot)
+        task.set_fewshot_seed(seed=seed)
+        documents = list(task.eval_docs)
+        size = min(spec.limit or len(documents), len(documents))
+        loaded.append(
+            LoadedTask(name, task, _identity(name, task, documents[:size]), size, _cost(documents[:size]))
+        )
+    return loaded
+
+
+@cache
+def _manager(with_defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    # reading lm-eval's own tasks takes seconds, so it is done only for a name that is not embedded
+    return TaskManager(include_path=str(FOLDER), include_defaults=with_defaults)
+
+
+def _by_name(name: str) -> dict[str, Any]:
+    is_file = name.endswith((".yaml", ".yml"))
+    if is_file and not Path(name).is_file():
+        raise UserError(f"no such task file: {name}", "give the path of an lm-eval YAML, or a task name")
+    manager = _manager(False)
+    if not is_file and name not in manager.all_tasks:
+        manager = _manager(True)
+        if name not in manager.all_tasks:
+            raise UserError(
+                f"unknown task {name!r}{did_you_mean(name, list(manager.all_tasks))}",
+                "list them with: dllm-sparsity ls tasks",
+            )
+    try:
+        return _load(manager, name)
+    except (OSError, ValueError, KeyError, ImportError, ConnectionError, AttributeError) as error:
+        why = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"task {name} cannot be loaded: {why}", "its data may need the network, or a package"
+        ) from error
+
+
+@cache
+def _load(manager: Any, name: str) -> dict[str, Any]:
+    return manager.load([name])["tasks"]
+
+
+@cache
+def _from_text(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}", "give a UTF-8 text file") from error
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
+    if not paragraphs:
+        raise UserError(f"{path} holds no text", "give a file with at least one paragraph")
+    name = "text_" + re.sub(r"\W+", "_", Path(path).stem)
+
+    def build(**_: Any) -> Any:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_dict({"text": paragraphs})}
+
+    config = {
+        "task": name,
+        "custom_dataset": build,
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity"}],
+        "metadata": {"version": 1},
+    }
+    return _manager(False).load([config])["tasks"]
+
+
+def _identity(name: str, task: Any, documents: list[dict]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    config = json.dumps(task.dump_config(), sort_keys=True, default=lambda value: type(value).__name__)
+    config = re.sub(r" at 0x[0-9a-f]+", "", config)
+    return {
+        "name": name,
+        "version": str(task.VERSION),
+        "documents": digest.hexdigest()[:16],
+        "config": hashlib.sha256(config.encode()).hexdigest()[:16],
+    }
+
+
+def _cost(documents: list[dict]) -> float:
+    """Estimate the characters of all requests, from the first documents."""
+    few = documents[:20]
+    if not few:
+        return 1.0
+    characters = sum(len(json.dumps(document, default=str)) for document in few) / len(few) * len(documents)
+    return max(1.0, characters)
