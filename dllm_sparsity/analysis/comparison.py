@@ -1,0 +1,84 @@
+"""Set the two paradigms beside each other: the difference of their critical sparsities, by task and site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dllm_sparsity.analysis.critical import RETENTIONS
+from dllm_sparsity.analysis.curves import Curve, Interval, Reading
+from dllm_sparsity.analysis.statistics import percentile_interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Diffusion less autoregressive, in points of critical sparsity.
+
+    Args:
+        autoregressive: The one curve.
+        diffusion: The other.
+        retention: Share of the dense quality kept.
+        difference: Critical sparsity of diffusion less that of autoregressive, interpolated reading.
+        interval: 95 % bootstrap interval; both curves are resampled over the same documents where they share them.
+        paired: Whether they do.
+        bounded: Whether one of both curves never fell below the threshold, so that the difference is one-sided.
+    """
+
+    autoregressive: Curve
+    diffusion: Curve
+    retention: float
+    difference: float
+    interval: Interval
+    paired: bool
+    bounded: bool
+
+
+def comparisons(curves: Sequence[Curve], retentions: Sequence[float] = RETENTIONS) -> list[Comparison]:
+    """Return every pair of curves of the two paradigms that differ in nothing but the model.
+
+    Args:
+        curves: Curves of one run.
+        retentions: Shares of the dense quality.
+    """
+    found = []
+    for first, second in _twins(curves):
+        paired = first.keys == second.keys
+        for retention in retentions:
+            one, two = first.reading(retention=retention), second.reading(retention=retention)
+            if one.value is None or two.value is None:
+                continue
+            draws = two.draws - _drawn(one, paired)
+            found.append(
+                Comparison(
+                    first,
+                    second,
+                    retention,
+                    two.value - one.value,
+                    percentile_interval(draws),
+                    paired,
+                    one.censored or two.censored,
+                )
+            )
+    return found
+
+
+def _drawn(reading: Reading, paired: bool) -> np.ndarray:
+    # draws of one seed share their items; different items must not look paired, so the order is turned by one
+    return reading.draws if paired else np.roll(reading.draws, 1)
+
+
+def _twins(curves: Sequence[Curve]) -> Iterator[tuple[Curve, Curve]]:
+    for first in curves:
+        for second in curves:
+            if (first.group.dense.record["paradigm"], second.group.dense.record["paradigm"]) == (
+                "autoregressive",
+                "diffusion",
+            ) and _setting(first) == _setting(second):
+                yield first, second
+
+
+def _setting(curve: Curve) -> tuple[str, ...]:
+    group, quality = curve.group, curve.quality
+    return group.dense.record["task"], group.site, group.rule, quality["name"], quality["kind"]

@@ -1,0 +1,233 @@
+"""Curves of quality against achieved sparsity, paired by item with dense, and their critical sparsities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from dllm_sparsity.analysis import critical
+from dllm_sparsity.analysis.flops import ffn_flops_saved
+from dllm_sparsity.analysis.grouping import Group, groups_of
+from dllm_sparsity.analysis.loading import Cell
+from dllm_sparsity.analysis.pairing import Key, pair
+from dllm_sparsity.analysis.qualities import SCALES, Pairs, Scale, numbers, pairs
+from dllm_sparsity.analysis.statistics import (
+    DRAWS,
+    SEED,
+    above_chance,
+    mcnemar_exact,
+    percentile_interval,
+    resampled_sums,
+    smallest_detectable,
+)
+from dllm_sparsity.study.records import PRIMITIVE_SITES, Quality
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell on a curve; `difference` is this cell less dense, in the quality's unit."""
+
+    cell: Cell
+    sparsity: float
+    sparsity_interval: Interval
+    flops_saved: float | None
+    quality: float
+    quality_interval: Interval
+    retention: float
+    retention_interval: Interval
+    difference: float
+    difference_interval: Interval
+    smallest_detectable: float
+    mcnemar_p: float | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading of critical sparsity at one retention; `value` is None where `reason` says why."""
+
+    reading: str
+    retention: float
+    value: float | None
+    interval: Interval | None
+    censored: bool
+    reason: str | None
+    draws: np.ndarray = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Quality against achieved sparsity for one model, task, rule and site."""
+
+    group: Group
+    quality: Quality
+    keys: tuple[Key, ...]
+    points: tuple[Point, ...]
+    readings: tuple[Reading, ...]
+
+    @property
+    def scale(self) -> Scale:
+        """Return how this quality is read."""
+        return SCALES[self.quality["kind"]]
+
+    def reading(self, name: str = critical.DEFAULT_READING, retention: float = critical.DEFAULT_RETENTION) -> Reading:
+        """Return one reading of the critical sparsity.
+
+        Args:
+            name: One of the four readings.
+            retention: One of the retentions.
+        """
+        return next(own for own in self.readings if (own.reading, own.retention) == (name, retention))
+
+
+def curves_of(cells: Sequence[Cell], draws: int = DRAWS, seed: int = SEED) -> tuple[list[Curve], list[str]]:
+    """Return every curve of a run, and notes on what was left out.
+
+    Args:
+        cells: Sealed cells.
+        draws: Bootstrap samples.
+        seed: Seed of the resampling.
+
+    Raises:
+        UserError: The items of two cells are not the same.
+    """
+    groups, notes = groups_of(cells)
+    curves = []
+    for group in groups:
+        paired = pair([group.dense, *group.cells])
+        notes += paired.notes
+        sites = [achieved(cell, table, group.site) for cell, table in zip(_cells(group), paired.tables, strict=True)]
+        flops = [
+            ffn_flops_saved(group.site, _primitives(cell, table), bool(group.dense.record["ffn"].get("gated", True)))
+            for cell, table in zip(_cells(group), paired.tables, strict=True)
+        ]
+        for quality in group.qualities:
+            values = [pairs(quality, table, paired.tables[0]) for table in paired.tables]
+            counted = np.asarray(np.isfinite(np.array(values)).all((0, 1)))
+            if not counted.any():
+                notes.append(f"{quality['name']} of {group.dense.record['task']} has no value for any item")
+                continue
+            if missing := len(counted) - int(counted.sum()):
+                task, model = group.dense.record["task"], group.dense.record["model"]
+                notes.append(
+                    f"{missing} items of {task} on {model} have no finite {quality['name']} and are left out of it"
+                )
+            keys = tuple(key for key, kept in zip(paired.keys, counted, strict=True) if kept)
+            chosen = [(top[counted], bottom[counted]) for top, bottom in values]
+            sums = [(kept[counted], total[counted]) for kept, total in sites]
+            curves.append(_curve(group, quality, keys, chosen, sums, flops, draws, seed))
+    return curves, list(dict.fromkeys(notes))
+
+
+def achieved(cell: Cell, samples: pa.Table, site: str) -> Pairs:
+    """Return kept and total activations of a site for every item.
+
+    `all` adds input and intermediate, so the wider one weighs more. A dense cell without a record of the site counts as
+    keeping everything; a sparse one falls back to the cell's totals, spread evenly.
+
+    Args:
+        cell: The cell.
+        samples: Its items.
+        site: A primitive site or `all`.
+    """
+    parts = ("input", "intermediate") if site == "all" else (site,)
+    columns = [(f"kept_{part}", f"total_{part}") for part in parts if part in PRIMITIVE_SITES]
+    kept = sum((numbers(samples, name) for name, _ in columns), np.zeros(len(samples)))
+    total = sum((numbers(samples, name) for _, name in columns), np.zeros(len(samples)))
+    if columns and not np.isnan(kept + total).any() and total.sum() > 0:
+        return kept, total
+    ones = np.ones(len(samples))
+    recorded = [cell.record["totals"].get("sites", {}).get(part) or {} for part in parts]
+    whole = sum(float(part.get("total", 0)) for part in recorded)
+    if whole > 0 and all("kept" in part for part in recorded):
+        return ones * sum(float(part["kept"]) for part in recorded) / whole, ones
+    return (ones, ones) if cell.record["dense"] else (ones * math.nan, ones)
+
+
+def _cells(group: Group) -> tuple[Cell, ...]:
+    return (group.dense, *group.cells)
+
+
+def _primitives(cell: Cell, samples: pa.Table) -> dict[str, float]:
+    shares = {site: achieved(cell, samples, site) for site in PRIMITIVE_SITES}
+    return {site: 1 - kept.sum() / total.sum() for site, (kept, total) in shares.items() if np.isfinite(kept).all()}
+
+
+def _curve(
+    group: Group,
+    quality: Quality,
+    keys: tuple[Key, ...],
+    values: list[Pairs],
+    sites: list[Pairs],
+    flops: list[float | None],
+    draws: int,
+    seed: int,
+) -> Curve:
+    scale = SCALES[quality["kind"]]
+    columns = np.stack([np.stack([*value, *site]) for value, site in zip(values, sites, strict=True)])
+    flat = columns.reshape(-1, columns.shape[-1]).T
+    sums = np.concatenate([flat.sum(0)[None], resampled_sums(flat, draws, seed)]).reshape(draws + 1, len(values), 4)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        measured, sparsity = sums[..., 0] / sums[..., 1], 1 - sums[..., 2] / sums[..., 3]
+    retained = scale.retention(measured, measured[:, :1])
+    points = [
+        Point(
+            cell=cell,
+            sparsity=float(sparsity[0, i]),
+            sparsity_interval=percentile_interval(sparsity[1:, i]),
+            flops_saved=flops[i],
+            quality=float(measured[0, i]),
+            quality_interval=percentile_interval(measured[1:, i]),
+            retention=float(retained[0, i]),
+            retention_interval=percentile_interval(retained[1:, i]),
+            difference=float(measured[0, i] - measured[0, 0]),
+            difference_interval=percentile_interval(measured[1:, i] - measured[1:, 0]),
+            smallest_detectable=smallest_detectable(float(np.nanstd(measured[1:, i] - measured[1:, 0]))),
+            mcnemar_p=_mcnemar(quality, values[0][0], values[i][0]) if i else None,
+        )
+        for i, cell in enumerate(_cells(group))
+    ]
+    reason = _no_reading(quality, float(measured[0, 0]), len(keys))
+    readings = _readings(sparsity, scale.sign * measured, scale.logarithmic, reason)
+    ordered = [points[0], *sorted(points[1:], key=lambda point: point.sparsity)]
+    return Curve(group, quality, keys, tuple(ordered), tuple(readings))
+
+
+def _mcnemar(quality: Quality, dense: np.ndarray, sparse: np.ndarray) -> float | None:
+    if quality["kind"] != "accuracy" or not np.isin(np.concatenate([dense, sparse]), (0.0, 1.0)).all():
+        return None
+    return mcnemar_exact(int((dense > sparse).sum()), int((dense < sparse).sum()))
+
+
+def _no_reading(quality: Quality, dense: float, items: int) -> str | None:
+    """Return why there is no critical sparsity on this quality, or None where there is one."""
+    if not math.isfinite(dense):
+        return "the dense quality is not a number"
+    if quality["kind"] == "accuracy" and not above_chance(dense, items, quality["chance"] or 0.0):
+        chance = quality["chance"] or 0.0
+        return f"dense accuracy {dense:.1%} is not two standard errors above chance ({chance:.1%}, n={items})"
+    if not SCALES[quality["kind"]].logarithmic and dense <= 0:
+        return f"the dense score is {dense:g}: a share of it means nothing"
+    return None
+
+
+def _readings(sparsity: np.ndarray, height: np.ndarray, logarithmic: bool, reason: str | None) -> list[Reading]:
+    found = []
+    for retention in critical.RETENTIONS:
+        values, censored = critical.readings(sparsity, height, retention, logarithmic)
+        for name in critical.READINGS:
+            value, draws = float(values[name][0]), values[name][1:]
+            usable = reason is None and math.isfinite(value)
+            why = None if usable else reason or "the achieved sparsity was not recorded"
+            interval = percentile_interval(draws) if usable else None
+            found.append(
+                Reading(
+                    name, retention, value if usable else None, interval, bool(censored[name][0]) and usable, why, draws
+                )
+            )
+    return found

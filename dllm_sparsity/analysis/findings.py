@@ -1,0 +1,88 @@
+"""Say in sentences what a run found, with intervals and counts; no claim beyond the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dllm_sparsity.analysis.comparison import Comparison
+from dllm_sparsity.analysis.critical import DEFAULT_RETENTION
+from dllm_sparsity.analysis.curves import Curve, Reading
+
+
+def findings(curves: Sequence[Curve], pairs: Sequence[Comparison], retention: float = DEFAULT_RETENTION) -> list[str]:
+    """Return one sentence per pair of curves, and one per curve without a partner.
+
+    Args:
+        curves: Curves of one run; of each cell's qualities, the headline is told.
+        pairs: Their comparisons.
+        retention: Share of the dense quality.
+    """
+    headline = [curve for curve in curves if curve.quality["name"] == curve.group.qualities[0]["name"]]
+    sentences, told = [], set()
+    for pair in pairs:
+        if pair.retention != retention or pair.diffusion not in headline or pair.autoregressive not in headline:
+            continue
+        told |= {id(pair.autoregressive), id(pair.diffusion)}
+        sentences.append(_pair_sentence(pair))
+    return sentences + [_curve_sentence(curve, retention) for curve in headline if id(curve) not in told]
+
+
+def percent(value: float) -> str:
+    """Return a share as percent with one digit.
+
+    Args:
+        value: The share.
+    """
+    return f"{100 * value:.1f}"
+
+
+def in_words(reading: Reading) -> str:
+    """Return a critical sparsity with its interval, or why there is none.
+
+    Args:
+        reading: The reading.
+    """
+    if reading.value is None or reading.interval is None:
+        return f"no critical sparsity ({reading.reason})"
+    low, high = reading.interval
+    sign = "at least " if reading.censored else ""
+    return f"{sign}{percent(reading.value)} % [{percent(low)}, {percent(high)}]"
+
+
+def _pair_sentence(pair: Comparison) -> str:
+    first, second = pair.autoregressive, pair.diffusion
+    low, high = pair.interval
+    difference = f"{100 * pair.difference:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    better, worse = ("diffusion", "autoregressive") if pair.difference > 0 else ("autoregressive", "diffusion")
+    verdict = f"{better} tolerates more sparsity than {worse} ({difference})"
+    if low <= 0 <= high:
+        verdict = f"no difference between the paradigms is detectable ({difference})"
+    bound = " One curve never fell below the threshold, so this compares bounds." if pair.bounded else ""
+    told = [
+        f"{_model(curve)} up to {in_words(curve.reading(retention=pair.retention))} sparsity"
+        for curve in (second, first)
+    ]
+    kept = f"{100 * pair.retention:g} % of the dense {_quality(second)}"
+    return f"{_place(second)}: {verdict}. Keeping {kept}: {', '.join(told)}; n={len(second.keys)}.{bound}"
+
+
+def _curve_sentence(curve: Curve, retention: float) -> str:
+    reading = curve.reading(retention=retention)
+    told = in_words(reading) if reading.value is None else f"up to {in_words(reading)} sparsity"
+    return (
+        f"{_place(curve)}, keeping {100 * retention:g} % of the dense {_quality(curve)}: {_model(curve)} {told}"
+        f" (n={len(curve.keys)})."
+    )
+
+
+def _place(curve: Curve) -> str:
+    return f"{curve.group.dense.record['task']}, {curve.group.rule} at {curve.group.site}"
+
+
+def _model(curve: Curve) -> str:
+    record = curve.group.dense.record
+    return f"{record['paradigm']} ({record['model']})"
+
+
+def _quality(curve: Curve) -> str:
+    return {"nll": "likelihood per token"}.get(curve.quality["kind"], curve.quality["name"])

@@ -1,0 +1,86 @@
+"""Group the sealed cells of a run into curves: one dense cell and the strengths of one rule at one site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dllm_sparsity.analysis.loading import Cell
+from dllm_sparsity.study.records import Quality
+
+
+@dataclass(frozen=True)
+class Group:
+    """The cells of one curve.
+
+    Args:
+        dense: The cell without a rule.
+        cells: The cells with the rule, by strength.
+        rule: The rule; with its other parameters where the run has several sets of them.
+        site: The site.
+    """
+
+    dense: Cell
+    cells: tuple[Cell, ...]
+    rule: str
+    site: str
+
+    @property
+    def qualities(self) -> list[Quality]:
+        """Return the quality measures that every cell of the curve has, the headline first."""
+        shared = [{quality["name"] for quality in cell.record["qualities"]} for cell in self.cells]
+        return [quality for quality in self.dense.record["qualities"] if all(quality["name"] in own for own in shared)]
+
+
+def groups_of(cells: Sequence[Cell]) -> tuple[list[Group], list[str]]:
+    """Return the curves of a run, and what could not be made one, in words.
+
+    Args:
+        cells: Sealed cells.
+    """
+    dense: dict[tuple[str, str, str], Cell] = {}
+    sparse: dict[tuple[str, ...], list[Cell]] = {}
+    notes: list[str] = []
+    for cell in cells:
+        record = cell.record
+        key = (record["paradigm"], record["model"], record["task"])
+        if record["dense"]:
+            if key in dense:
+                notes.append(f"{record['task']} on {record['model']} has several dense cells; the first one is used")
+            dense.setdefault(key, cell)
+        else:
+            layers = json.dumps(record["layers"])
+            sparse.setdefault((*key, record["rule"] or "", record["site"] or "", layers), []).append(cell)
+    groups = []
+    variants: dict[str, set[str]] = {}
+    for key, members in sparse.items():
+        variants.setdefault(key[3], set()).update(_split(members))
+    for (paradigm, model, task, rule, site, layers), members in sparse.items():
+        if (reference := dense.get((paradigm, model, task))) is None:
+            notes.append(f"{task} on {model} has no finished dense cell; its cells cannot be compared yet")
+            continue
+        for fixed, own in _split(members).items():
+            label = (
+                rule
+                + (f" ({fixed})" if fixed and len(variants[rule]) > 1 else "")
+                + (f" on layers {layers}" if layers != "null" else "")
+            )
+            groups.append(Group(reference, tuple(own), label, site))
+    return groups, list(dict.fromkeys(notes))
+
+
+def _split(cells: list[Cell]) -> dict[str, list[Cell]]:
+    """Split the cells of one rule by its parameters other than the main one, whose value is the strength."""
+    names = {name for cell in cells for name in cell.record["rule_parameters"]}
+    main = {
+        name
+        for name in names
+        if all(cell.record["rule_parameters"].get(name) == cell.record["strength"] for cell in cells)
+    }
+    split: dict[str, list[Cell]] = {}
+    for cell in cells:
+        parameters = cell.record["rule_parameters"]
+        fixed = ", ".join(f"{name}={parameters[name]}" for name in sorted(parameters) if name not in main)
+        split.setdefault(fixed, []).append(cell)
+    return split

@@ -1,0 +1,46 @@
+"""The few rows a reader wants first: dense quality, critical sparsity at 99 % and tokens per forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def headline(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per curve of the headline quality, the two paradigms of a task and site next to each other.
+
+    Args:
+        summary: What `summary(run)` returned.
+
+    Returns:
+        Rows with `task, site, rule, paradigm, model, quality, kind, items, dense, dense_interval, critical, interval,
+        censored, reason, tokens_per_forward`.
+    """
+    rows = []
+    for curve in summary["curves"]:
+        if not curve["headline"]:
+            continue
+        reading = reading_of(curve, summary["default_reading"], summary["default_retention"])
+        rows.append(
+            {name: curve[name] for name in ("task", "site", "rule", "paradigm", "model", "quality", "kind", "items")}
+            | {
+                "dense": curve["dense"]["value"],
+                "dense_interval": curve["dense"]["interval"],
+                "critical": reading["value"],
+                "interval": reading["interval"],
+                "censored": reading["censored"],
+                "reason": reading["reason"],
+                "tokens_per_forward": curve["tokens_per_forward"],
+            }
+        )
+    return sorted(rows, key=lambda row: [row[name] for name in ("task", "site", "rule", "paradigm", "model")])
+
+
+def reading_of(curve: dict[str, Any], reading: str, retention: float) -> dict[str, Any]:
+    """Return one reading of a curve in a summary.
+
+    Args:
+        curve: An entry of the summary's curves.
+        reading: Name of the reading.
+        retention: Share of the dense quality.
+    """
+    return next(own for own in curve["critical"] if (own["reading"], own["retention"]) == (reading, retention))

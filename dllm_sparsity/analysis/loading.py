@@ -1,0 +1,139 @@
+"""Load a run directory: its sealed cells, their tables on demand, and the files that describe the study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dllm_sparsity.analysis.checking import check_counts, complete_steps, read_json, read_record, read_table
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.records import OVERLAP_COLUMNS, PRIMITIVE_SITES, SAMPLE_COLUMNS, STEP_COLUMNS, CellRecord
+
+LARGEST_TEXT = 200_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sealed cell: its record, and its two tables, read when asked for.
+
+    Args:
+        folder: The cell's folder.
+        record: What its cell.json holds.
+    """
+
+    folder: Path
+    record: CellRecord
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """Return one row per item."""
+        path = self.folder / "samples.parquet"
+        table = read_table(path, SAMPLE_COLUMNS, {})
+        check_counts(path, table, [(f"kept_{site}", f"total_{site}") for site in PRIMITIVE_SITES])
+        return table
+
+    @property
+    def steps(self) -> pa.Table:
+        """Return sums by phase, step, layer, site and token state; read anew each time, for a study's are large."""
+        path = self.folder / "steps.parquet"
+        table = complete_steps(path, read_table(path, STEP_COLUMNS, OVERLAP_COLUMNS))
+        check_counts(path, table, [("kept", "total")])
+        return table
+
+    @property
+    def label(self) -> str:
+        """Return the setting in words: `dense`, or the rule, its strength and the site."""
+        if self.record["dense"]:
+            return "dense"
+        strength = "" if self.record["strength"] is None else f" {self.record['strength']:g}"
+        return f"{self.record['rule']}{strength}, {self.record['site']}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as it lies on disk.
+
+    Args:
+        path: The directory.
+        cells: Its sealed cells, ordered by paradigm, model, task, site and strength.
+        unsealed: Number of cell folders without DONE; they are not counted anywhere.
+        config: The text of config.yaml; empty when there is none.
+        plan: What plan.json holds, or None.
+        environment: What environment.json holds, or None.
+    """
+
+    path: Path
+    cells: tuple[Cell, ...]
+    unsealed: int = 0
+    config: str = ""
+    plan: Any = None
+    environment: Any = field(default=None)
+
+    @property
+    def name(self) -> str:
+        """Return the study's name: the name of its directory."""
+        return self.path.name
+
+
+def load(run_dir: str | Path) -> Run:
+    """Load the sealed cells of a run directory.
+
+    Args:
+        run_dir: Directory that holds `cells/`.
+
+    Raises:
+        UserError: It is no run directory, holds no sealed cell, or a sealed file is damaged.
+    """
+    path = Path(run_dir).resolve()
+    folders = sorted(entry for entry in (path / "cells").glob("*") if entry.is_dir())
+    if not folders:
+        raise UserError(f"{run_dir} holds no cells", "give the folder that dllm-sparsity compare wrote, runs/<name>")
+    plan = _maybe_json(path / "plan.json")
+    planned = _planned(plan)  # cells that an earlier study left in the same folder do not belong to this one
+    folders = [folder for folder in folders if planned is None or folder.name in planned]
+    sealed = [folder for folder in folders if (folder / "DONE").is_file()]
+    if not sealed:
+        raise UserError(
+            f"{run_dir} has {len(planned or folders)} cells and none is finished",
+            "run dllm-sparsity compare again, it resumes",
+        )
+    cells = sorted((Cell(folder, read_record(folder / "cell.json")) for folder in sealed), key=_order)
+    return Run(
+        path=path,
+        cells=tuple(cells),
+        unsealed=len(planned or folders) - len(sealed),
+        config=_text(path / "config.yaml"),
+        plan=plan,
+        environment=_maybe_json(path / "environment.json"),
+    )
+
+
+def _planned(plan: Any) -> set[str] | None:
+    """Return the fingerprints of a plan, or None where there is no plan to go by."""
+    if not isinstance(plan, list):
+        return None
+    return {
+        entry["fingerprint"] for entry in plan if isinstance(entry, dict) and isinstance(entry.get("fingerprint"), str)
+    }
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    record = cell.record
+    strength = record["strength"] if record["strength"] is not None else 0.0
+    site, rule = record["site"] or "", record["rule"] or ""
+    return record["paradigm"], record["model"], record["task"], not record["dense"], rule, site, strength, cell.folder
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")[:LARGEST_TEXT] if path.is_file() else ""
+    except OSError:
+        return ""
+
+
+def _maybe_json(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None

@@ -1,0 +1,176 @@
+"""A run as one JSON-able dictionary: qualities, critical sparsities with intervals, findings, notes and counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dllm_sparsity.analysis.comparison import Comparison, comparisons
+from dllm_sparsity.analysis.critical import DEFAULT_READING, DEFAULT_RETENTION, RETENTIONS
+from dllm_sparsity.analysis.curves import Curve, Point, curves_of
+from dllm_sparsity.analysis.findings import findings
+from dllm_sparsity.analysis.loading import Cell, Run
+from dllm_sparsity.analysis.qualities import numbers
+from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
+
+SUMMARY_VERSION = 1
+
+
+def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
+    """Return all findings of a run as plain JSON: no NaN and no Infinity, None in their place.
+
+    Args:
+        run: A loaded run directory.
+        draws: Bootstrap samples.
+        seed: Seed of the resampling.
+
+    Raises:
+        UserError: The items of two cells are not the same.
+    """
+    curves, notes = curves_of(run.cells, draws, seed)
+    pairs = comparisons(curves)
+    return clean(
+        {
+            "version": SUMMARY_VERSION,
+            "study": run.name,
+            "retentions": list(RETENTIONS),
+            "default_retention": DEFAULT_RETENTION,
+            "default_reading": DEFAULT_READING,
+            "bootstrap": {"draws": draws, "seed": seed, "level": 0.95},
+            "findings": findings(curves, pairs),
+            "notes": _notes(run) + notes + _further_notes(run),
+            "counts": _counts(run),
+            "curves": _with_holm([_curve(curve) for curve in curves]),
+            "comparisons": [_comparison(pair) for pair in pairs],
+            "cells": [_cell(cell) for cell in run.cells],
+        }
+    )
+
+
+def clean(value: Any) -> Any:
+    """Return a value with tuples as lists, numpy scalars as Python ones and non-finite numbers as None.
+
+    Args:
+        value: Nested dictionaries, lists, tuples and scalars.
+    """
+    if isinstance(value, dict):
+        return {str(key): clean(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    return {name: cell.record[name] for name in ("paradigm", "model", "task", "output_type", "estimator")}
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    dense = curve.points[0]
+    return {
+        **_identity(curve.group.dense),
+        "rule": curve.group.rule,
+        "site": curve.group.site,
+        "quality": curve.quality["name"],
+        "kind": curve.quality["kind"],
+        "chance": curve.quality["chance"],
+        "headline": curve.quality["name"] == curve.group.qualities[0]["name"],
+        "higher_is_better": curve.scale.sign > 0,
+        "items": len(curve.keys),
+        "dense": {"value": dense.quality, "interval": dense.quality_interval},
+        "critical": [
+            {
+                "retention": own.retention,
+                "reading": own.reading,
+                "value": own.value,
+                "interval": own.interval,
+                "censored": own.censored,
+                "reason": own.reason,
+            }
+            for own in curve.readings
+        ],
+        "points": [_point(point) for point in curve.points],
+        **_cost(curve.group.dense),
+    }
+
+
+def _point(point: Point) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(point).items() if name != "cell"}
+    record = point.cell.record
+    return {"fingerprint": record["fingerprint"], "dense": record["dense"], "strength": record["strength"], **fields}
+
+
+def _with_holm(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    points = [point for curve in curves for point in curve["points"] if point["mcnemar_p"] is not None]
+    for point, corrected in zip(points, holm([point["mcnemar_p"] for point in points]), strict=True):
+        point["mcnemar_p_holm"] = corrected
+    return curves
+
+
+def _comparison(pair: Comparison) -> dict[str, Any]:
+    first, second = pair.autoregressive, pair.diffusion
+    return {
+        "task": first.group.dense.record["task"],
+        "site": first.group.site,
+        "rule": first.group.rule,
+        "quality": first.quality["name"],
+        "autoregressive": first.group.dense.record["model"],
+        "diffusion": second.group.dense.record["model"],
+        "retention": pair.retention,
+        "difference": pair.difference,
+        "interval": pair.interval,
+        "paired": pair.paired,
+        "bounded": pair.bounded,
+        "items": [len(first.keys), len(second.keys)],
+    }
+
+
+def _cost(cell: Cell) -> dict[str, Any]:
+    sums = {name: float(np.nansum(numbers(cell.samples, name))) for name in ("nfe", "new_tokens", "seconds")}
+    generates = cell.record["output_type"] == "generate_until" and sums["nfe"] > 0
+    return {**sums, "tokens_per_forward": sums["new_tokens"] / sums["nfe"] if generates else None}
+
+
+def _cell(cell: Cell) -> dict[str, Any]:
+    record = cell.record
+    names = ("fingerprint", "dense", "rule", "rule_parameters", "strength", "site", "simulated", "items", "notes")
+    sites = record["totals"].get("sites", {})
+    achieved = {
+        site: 1 - counts["kept"] / counts["total"]
+        for site, counts in sites.items()
+        if isinstance(counts, dict) and counts.get("total") and "kept" in counts
+    }
+    return {**_identity(cell), **{name: record[name] for name in names}, "achieved": achieved, **_cost(cell)}
+
+
+def _counts(run: Run) -> dict[str, Any]:
+    records = [cell.record for cell in run.cells]
+    return {
+        "cells": len(records),
+        "unsealed": run.unsealed,
+        "items": sum(record["items"] for record in records),
+        **{f"{name}s": sorted({record[name] for record in records}) for name in ("paradigm", "model", "task")},
+    }
+
+
+def _notes(run: Run) -> list[str]:
+    records: Sequence[Any] = [cell.record for cell in run.cells]
+    notes = []
+    if any(record["simulated"] for record in records if not record["dense"]):
+        notes.append("no speed-up was measured; masks were simulated: the zeros were multiplied like any other number")
+    for estimator in sorted(
+        {own["estimator"] for own in records if own["estimator"] and own["paradigm"] == "diffusion"}
+    ):
+        notes.append(f"a diffusion likelihood is a bound ({estimator}), not comparable with an exact NLL")
+    if run.unsealed:
+        notes.append(f"{run.unsealed} cells are not finished and are not shown")
+    return notes
+
+
+def _further_notes(run: Run) -> list[str]:
+    weighted = "achieved sparsity is weighted by neurons; at site all the wider intermediate site weighs more"
+    return [weighted, *dict.fromkeys(str(note) for cell in run.cells for note in cell.record["notes"])]

@@ -1,0 +1,117 @@
+"""What the study found: in sentences, as dots with intervals, and in one table with all four readings."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from markupsafe import Markup
+
+from dllm_sparsity.analysis.critical import DEFAULT_READING, READINGS
+from dllm_sparsity.analysis.headline import reading_of
+from dllm_sparsity.report import words
+from dllm_sparsity.report.data import ReportData
+from dllm_sparsity.report.figures import dot_chart, plain
+from dllm_sparsity.report.panel import Chart, Option, Panel, Table, template
+from dllm_sparsity.report.section import Section
+
+
+class Findings(Section):
+    """Critical sparsity of both paradigms at a glance."""
+
+    title: ClassVar[str] = "What was found"
+    order: ClassVar[int] = 10
+    needs: ClassVar[tuple[str, ...]] = ("summary",)
+
+    def render(self, data: ReportData) -> Markup:
+        """Return sentences, the dot chart and the main table.
+
+        Args:
+            data: What the page is made from.
+        """
+        found = data.summary or {}
+        curves = [curve for curve in found["curves"] if curve["headline"]]
+        curves.sort(key=lambda curve: [curve[name] for name in ("task", "site", "rule", "paradigm", "model")])
+        options = [
+            Option(f"{100 * retention:g} %", [chart], distance=float(retention != found["default_retention"]))
+            for retention in found["retentions"]
+            if (chart := _dots(curves, retention)) is not None
+        ]
+        panel = Panel("findings-dots", "Share of the dense quality to keep", options, wide=True) if options else None
+        return template(
+            "findings.html",
+            found=found,
+            panel=panel.html() if panel else "",
+            table=_table(curves, found["default_retention"]),
+            share=f"{100 * found['default_retention']:g} %",
+            reasons=sorted(
+                {f"{curve['task']}, {curve['model']}: {reason}" for curve in curves if (reason := _why(curve))}
+            ),
+        )
+
+
+def _why(curve: dict[str, Any]) -> str | None:
+    return curve["critical"][0]["reason"]
+
+
+def _dots(curves: list[dict[str, Any]], retention: float) -> Chart | None:
+    several_rules = len({curve["rule"] for curve in curves}) > 1
+    rows: dict[str, int] = {}
+    dots, lines = [], []
+    for curve in curves:
+        reading = reading_of(curve, DEFAULT_READING, retention)
+        if reading["value"] is None:
+            continue
+        rule = f", {curve['rule']}" if several_rules else ""
+        place = f"{plain(curve['task'])}<br>{plain(curve['site'] + rule)}"
+        told = words.critical(reading)
+        hover = f"{curve['paradigm']} ({curve['model']}): {told}, {curve['quality']}, n={curve['items']}"
+        dots.append(
+            {
+                "row": rows.setdefault(place, len(rows)),
+                "paradigm": curve["paradigm"],
+                "value": reading["value"],
+                "interval": reading["interval"],
+                "bound": reading["censored"],
+                "hover": hover,
+            }
+        )
+        lines.append([curve["task"], curve["site"], curve["rule"], curve["paradigm"], curve["model"], told])
+    if not dots:
+        return None
+    counts = sorted({curve["items"] for curve in curves})
+    return Chart(
+        f"Highest sparsity that keeps {100 * retention:g} % of the dense quality",
+        "Further right is more sparsity at the same quality. A dot is the interpolated reading with its 95 % paired"
+        " bootstrap interval; a triangle means that no measured point fell below the threshold, so the true value is at"
+        f" least that. Headline quality of each task; {_between(counts)} items a curve.",
+        dot_chart(list(rows), dots, "achieved sparsity"),
+        Table(["task", "site", "rule", "paradigm", "model", "critical sparsity"], lines, 5),
+        height=80 + 52 * len(rows),
+    )
+
+
+def _between(counts: list[int]) -> str:
+    return f"{counts[0]} to {counts[-1]}" if counts[0] != counts[-1] else str(counts[0])
+
+
+def _table(curves: list[dict[str, Any]], retention: float) -> Table:
+    order = [DEFAULT_READING, *(name for name in READINGS if name != DEFAULT_READING)]
+    rows = []
+    for curve in curves:
+        dense = curve["dense"]
+        value = words.quality(dense["value"], curve["kind"])
+        unit = "" if curve["kind"] == "accuracy" else f" {curve['quality']}"
+        rows.append(
+            [
+                curve["task"],
+                curve["site"],
+                f"{curve['paradigm']} ({curve['model']})",
+                curve["rule"],
+                f"{value}{unit} {words.interval(dense['interval'], curve['kind'])}",
+                str(curve["items"]),
+                words.number(curve["tokens_per_forward"], 2),
+                *(words.critical(reading_of(curve, name, retention)) for name in order),
+            ]
+        )
+    columns = ["task", "site", "paradigm", "rule", "dense quality", "n", "tokens per forward"]
+    return Table([*columns, *(name.replace("_", " ") for name in order)], rows, 4)

@@ -1,0 +1,63 @@
+"""The table at the end of a run, in 80 columns, readable without colour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from dllm_sparsity.analysis.headline import headline
+from dllm_sparsity.report import words
+
+_SHORT = {"autoregressive": "AR", "diffusion": "diffusion"}
+_STYLES = {"autoregressive": "blue", "diffusion": "dark_orange3"}
+
+
+def render(summary: dict[str, Any]) -> Group:
+    """Return what the terminal shows of a study.
+
+    Args:
+        summary: What `analysis.summary` returned.
+    """
+    rows = headline(summary)
+    kept = f"{100 * summary['default_retention']:g} %"
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", expand=False)
+    table.add_column("task, site", max_width=24, overflow="fold")
+    table.add_column("", max_width=9, overflow="fold")
+    for name, width in (("dense", 13), (f"sparsity at {kept}", 21), ("tok/fwd", 7)):
+        table.add_column(name, justify="right", max_width=width, overflow="fold")
+    several_rules = len({row["rule"] for row in rows}) > 1
+    previous = None
+    for row in rows:
+        place = (row["task"], row["site"], row["rule"])
+        shown = ", ".join([row["task"], row["site"], *([row["rule"]] if several_rules else [])])
+        dense = words.quality(row["dense"], row["kind"]) + ("" if row["kind"] == "accuracy" else f" {row['quality']}")
+        table.add_row(
+            _text("" if place == previous else shown),
+            _text(str(_SHORT.get(row["paradigm"], row["paradigm"])), style=_STYLES.get(row["paradigm"], "")),
+            _text(dense),
+            _text(words.critical(row | {"value": row["critical"]}).replace(" %", "").replace(words.NOTHING, "none")),
+            _text("" if row["tokens_per_forward"] is None else f"{row['tokens_per_forward']:.2f}"),
+        )
+        previous = place
+    explained = (
+        f"Sparsity in percent: the highest that keeps {kept} of the dense quality, with its 95 % interval;"
+        " \N{GREATER-THAN OR EQUAL TO} where no measured point fell below."
+    )
+    reasons = dict.fromkeys(
+        f"{row['task']}, {_SHORT.get(row['paradigm'], row['paradigm'])}: {row['reason']}"
+        for row in rows
+        if row["reason"]
+    )
+    notes = [_text(f"note: {note}") for note in [*reasons, *summary["notes"][:3]]]
+    if not rows:
+        return Group(_text("no curve yet: a dense cell and a cell with a rule must both be finished"), *notes)
+    return Group(table, Padding(_text(explained), (1, 0, 0, 0)), *notes)
+
+
+def _text(content: str, style: str = "") -> Text:
+    """Return foreign text without control characters: a result file must not steer the terminal."""
+    return Text("".join(mark for mark in content if mark.isprintable()), style=style)

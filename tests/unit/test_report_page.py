@@ -1,0 +1,190 @@
+"""The page as text: its policy, its escaping, its tables without JavaScript, and what it does without columns."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from test_analysis_run import write_study
+
+from dllm_sparsity.analysis import load, summary
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.registry import get, names
+from dllm_sparsity.report import render, save_report, write_report
+from dllm_sparsity.report.data import from_run
+from dllm_sparsity.report.section import Section
+from dllm_sparsity.study.records import OVERLAP_COLUMNS
+
+POLICY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline';"
+    " style-src 'unsafe-inline'; img-src data: blob:\">"
+)
+HOSTILE = "</script><script>document.title='pwned'</script><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "study"
+    options = {"items": 20, "layers": 2, "steps": 3, "sites": ("intermediate", "all"), "strengths": (0.9, 0.6)}
+    return write_study(path, answer=HOSTILE, model=HOSTILE, **options)
+
+
+@pytest.fixture(scope="module")
+def page(run_dir):
+    return write_report(run_dir).read_text()
+
+
+def payloads(page: str) -> dict[str, str]:
+    blocks = re.findall(r'<script type="application/octet-stream" id="([\w-]+)">([^<]*)</script>', page)
+    return {name: gzip.decompress(base64.b64decode(text)).decode() for name, text in blocks}
+
+
+def test_the_policy_is_the_first_tag_and_nothing_is_loaded(page):
+    head = page[page.index("<head>") + 6 :]
+    assert head.lstrip().startswith(POLICY)
+    assert not re.search(r'<(?:script|link|img|iframe)[^>]*\b(?:src|href)="', page)
+
+
+def test_foreign_text_is_data(page):
+    assert "document.title='pwned'" not in page
+    assert "&lt;/script&gt;" in page
+    assert page.count("<script") == page.count("</script>") == len(payloads(page)) + 1
+    figures = [text for name, text in payloads(page).items() if name != "plotly-packed"]
+    drawn = [chart["figure"] for text in figures for option in json.loads(text) for chart in option]
+    assert "<script" not in json.dumps(drawn)
+
+
+def test_every_chart_is_valid_and_has_its_table(page):
+    for name, text in payloads(page).items():
+        if name == "plotly-packed":
+            continue
+        for charts in json.loads(text):
+            assert charts
+            for chart in charts:
+                go.Figure(chart["figure"])
+                assert chart["caption"]
+                assert chart["table"]["rows"]
+                assert {len(row) for row in chart["table"]["rows"]} == {len(chart["table"]["columns"])}
+    assert page.count("<figure>") == page.count("<details>") > 8
+
+
+def test_every_section_is_there(page):
+    assert names("sections") == sorted(set(re.findall(r'<section id="(\w+)"', page)) - {"skipped"})
+
+
+def test_files_beside_the_page(run_dir, page):
+    found = json.loads((run_dir / "summary.json").read_text())
+    assert found["study"] == "study"
+    made = {path.name for path in (run_dir / "tables").iterdir()}
+    tables = ("points", "critical", "steps", "overlap", "layers", "items")
+    assert made == {f"{name}.{end}" for name in tables for end in ("parquet", "csv")}
+    assert all(len(pq.read_table(run_dir / "tables" / f"{name}.parquet")) for name in tables)
+    assert not [path for path in run_dir.rglob(".*") if path.is_file()]
+
+
+def test_a_report_is_the_same_twice(run_dir, page):
+    assert write_report(run_dir).read_text() == page
+
+
+@pytest.mark.parametrize("name", names("sections"))
+def test_sections_keep_their_contract(name, run_dir):
+    section = get("sections", name)()
+    assert isinstance(section, Section)
+    assert section.title
+    assert section.missing(from_run(load(run_dir))) is None
+
+
+def test_without_overlap_the_section_says_why(tmp_path):
+    run_dir = write_study(tmp_path / "s", items=8, layers=2, steps=2, sites=("intermediate",), strengths=(0.9,))
+    for path in run_dir.glob("cells/*/steps.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(list(OVERLAP_COLUMNS)), path)
+    page = write_report(run_dir).read_text()
+    assert "It needs the column inter_prev" in page
+    assert 'id="overlap"' not in page
+
+
+class Reading:
+    """What a tracker gives, as an object."""
+
+    def __init__(self, columns):
+        self.columns = columns
+        self.notes = ("no clock: phase is forward <b>",)
+
+
+def reading():
+    rows = [(step, layer, state) for step in range(4) for layer in range(2) for state in ("masked", "prompt")]
+    return {
+        "phase": ["denoise"] * len(rows),
+        "step": np.array([row[0] for row in rows]),
+        "layer": [row[1] for row in rows],
+        "site": ["intermediate"] * len(rows),
+        "token_state": [row[2] for row in rows],
+        "rows": [5] * len(rows),
+        "kept": [row[0] + 10 for row in rows],
+        "total": [50] * len(rows),
+    }
+
+
+@pytest.mark.parametrize("made", [reading(), Reading(reading())], ids=["mapping", "object"])
+def test_a_foreign_loop_gets_the_sections_about_steps(made, tmp_path):
+    page = save_report(made, tmp_path / "deep" / "page.html").read_text()
+    shown = set(re.findall(r'<section id="(\w+)"', page))
+    assert {"denoise", "layers", "skipped"} <= shown
+    assert not shown & {"findings", "quality", "overlap", "decode", "answers"}
+    assert "one recorded loop" in page
+
+
+def test_notes_of_a_foreign_loop_are_escaped(tmp_path):
+    page = save_report(Reading(reading()), tmp_path / "page.html").read_text()
+    assert "no clock: phase is forward &lt;b&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"kept": None}, "column kept is missing"),
+        ({"kept": ["x"] * 16}, "wrong type or length"),
+        ({"kept": [1]}, "wrong type or length"),
+        ({"layer": [None] * 16}, "column layer has nulls"),
+    ],
+)
+def test_a_wrong_reading_is_refused(change, told, tmp_path):
+    columns = {name: value for name, value in (reading() | change).items() if value is not None}
+    with pytest.raises(UserError, match=told):
+        save_report(columns, tmp_path / "page.html")
+    with pytest.raises(UserError, match="needs columns by name"):
+        save_report(42, tmp_path / "page.html")
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        save_report(reading(), Path(tmp_path / "file" / "page.html"))
+
+
+def test_the_terminal_table_fits_80_columns_without_colour(tmp_path):
+    run_dir = write_study(tmp_path / "s", items=20, layers=2, steps=2, strengths=(0.9, 0.6))
+    console = Console(width=80, color_system=None, record=True, file=open("/dev/null", "w"))
+    console.print(render(summary(load(run_dir), draws=200)))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("diffusion") >= 6
+    assert "no speed-up was measured" in text
+
+
+def test_a_result_file_cannot_steer_the_terminal(tmp_path):
+    run_dir = write_study(tmp_path / "s", items=8, layers=2, steps=2, sites=("input",), strengths=(0.9,))
+    for path in run_dir.glob("cells/*/cell.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"notes": ["\x1b[2Jgone"], "task": record["task"] + "\x1b[31m"}))
+    console = Console(width=80, force_terminal=True, color_system=None, record=True, file=open("/dev/null", "w"))
+    console.print(render(summary(load(run_dir), draws=50)))
+    assert "\x1b" not in console.export_text(styles=False)
