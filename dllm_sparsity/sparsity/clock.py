@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from dllm_sparsity.sparsity.reading import NOISE_BINS
+
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
@@ -111,7 +113,7 @@ class Clock:
         self.listeners: list[Listener] = []
         self.items: list[Hashable] = []
         self.slots: dict[Slot, int] = {}
-        self.noise: list[Tensor] = []  # per slot: masked fraction of each batch row's canvas
+        self.noise: list[Tensor] = []  # per slot: bin of the masked fraction of each batch row's canvas
         self.capacity = 1
         self.frame: Frame | None = None
         self.counting = True
@@ -122,10 +124,15 @@ class Clock:
         Args:
             items: What each batch row belongs to; rows of one item are summed in the per-item counts.
             forwards: Forward passes to make room for; more are accepted.
+
+        Raises:
+            ValueError: There is no item.
         """
+        if not len(items):
+            raise ValueError("begin: a request batch needs at least one item")
         self.items, self.capacity = list(items), max(1, forwards)
         self.slots, self.noise, self.frame = {}, [], None
-        for listener in self.listeners:
+        for listener in self._told():
             listener.begin(self)
 
     def tick(
@@ -139,32 +146,45 @@ class Clock:
             compare: How overlap metrics take it.
 
         Raises:
-            ValueError: The batch size is not that of `begin`, or a slot was announced before in this batch.
+            ValueError: `begin` was not called, the batch size is not that of `begin`, or a slot was announced before in
+                this batch.
         """
-        if len(states) != len(self.items):
-            raise ValueError(f"tick: {len(states)} rows of states for a batch of {len(self.items)} items")
+        if not self.items:
+            raise ValueError("tick: no request batch is open; call clock.begin, or wrap the loop in clock.batch")
+        if states.dim() != 2 or len(states) != len(self.items):
+            raise ValueError(f"tick: states of shape {tuple(states.shape)} for a batch of {len(self.items)} items")
         row_slots = [slot] * len(states) if isinstance(slot, Slot) else list(slot)
-        first = row_slots[0]
-        if first in self.slots:
-            raise ValueError(f"tick: {first} was announced before in this request batch")
-        noise = _masked_fraction(states)
-        for new in dict.fromkeys(row_slots):
-            self.slots[new] = len(self.slots)
-            self.noise.append(noise)
+        if len(row_slots) != len(states):
+            raise ValueError(f"tick: {len(row_slots)} slots for {len(states)} rows")
+        new = list(dict.fromkeys(row_slots))
+        again = [slot for slot in new if slot in self.slots]
+        if again:
+            raise ValueError(f"tick: {again[0]} was announced before in this request batch")
+        bins = _noise_bin(states)
+        self.slots |= {slot: len(self.slots) + place for place, slot in enumerate(new)}
+        self.noise += [bins] * len(new)
         batch, seq = states.shape
         sequence = torch.arange(batch, device=states.device).repeat_interleave(seq)
-        number = torch.tensor([self.slots[row] for row in row_slots], device=states.device).repeat_interleave(seq)
+        number: int | Tensor = self.slots[new[0]]
+        if len(new) > 1:
+            number = torch.tensor([self.slots[row] for row in row_slots], device=states.device).repeat_interleave(seq)
         flat = states.reshape(-1).long()
         index = (number * batch + sequence) * len(TokenState) + flat
-        self.frame = Frame(first, compare, index, sequence, flat)
-        for listener in self.listeners:
+        self.frame = Frame(row_slots[0], compare, index, sequence, flat)
+        for listener in self._told():
             listener.tick(self)
 
     def end(self) -> None:
         """Close the request batch: counters are read once and folded into records."""
-        for listener in self.listeners:
+        for listener in self._told():
             listener.end(self)
+        self._clear()
+
+    def _clear(self) -> None:
         self.items, self.slots, self.noise, self.frame = [], {}, [], None
+
+    def _told(self) -> list[Listener]:
+        return self.listeners if self.counting else []
 
     @contextmanager
     def batch(self, items: Sequence[Hashable], forwards: int = 1) -> Iterator[Clock]:
@@ -178,19 +198,19 @@ class Clock:
         try:
             yield self
         except BaseException:
-            self.items, self.slots, self.noise, self.frame = [], {}, [], None
+            self._clear()
             raise
         self.end()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let rules act on the forward passes inside, and count none of them."""
-        before = self.__dict__.copy()
-        self.counting, self.listeners = False, []
+        """Let rules act on the forward passes inside, and count none of them; they need no `tick`."""
+        before = self.counting, self.capacity, self.items, self.slots, self.noise, self.frame
+        self.counting, self.slots, self.noise, self.frame = False, dict(self.slots), list(self.noise), None
         try:
             yield
         finally:
-            self.__dict__.update(before)
+            self.counting, self.capacity, self.items, self.slots, self.noise, self.frame = before
 
     def rows(self, count: int, device: torch.device) -> Frame | None:
         """Return the frame for an FFN call, or None where nobody announced one and none is needed.
@@ -228,11 +248,12 @@ class FreeClock(Clock):
         """Begin the one request batch there is."""
         self.begin([None])
         self.slots[Slot(Phase.FORWARD)] = 0
-        self.noise.append(torch.zeros(1))
+        self.noise.append(torch.zeros(1, dtype=torch.long))
 
 
-def _masked_fraction(states: Int[Tensor, "batch seq"]) -> Tensor:
-    """Return the masked share of each row's canvas: all its tokens but prompt and padding."""
+def _noise_bin(states: Int[Tensor, "batch seq"]) -> Int[Tensor, batch]:
+    """Return the bin of the masked share of each row's canvas: all its tokens but prompt and padding."""
     masked = (states == TokenState.MASKED).sum(-1)
     canvas = ((states != TokenState.PROMPT) & (states != TokenState.PAD)).sum(-1)
-    return masked / canvas.clamp(min=1)
+    share = (masked * NOISE_BINS).div(canvas.clamp(min=1), rounding_mode="floor")  # integers: k/20 is exact
+    return share.clamp(max=NOISE_BINS - 1)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from dllm_sparsity.sparsity.clock import Clock, Frame, Slot, TokenState
-from dllm_sparsity.sparsity.kernels import naive
 from dllm_sparsity.sparsity.reading import NOISE_BINS, NonFiniteError, Reading
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class Ledger:
         self._slots: dict[Slot, int] = {}  # every slot ever seen
         self._keys: list[np.ndarray] = []
         self._sums: list[np.ndarray] = []
+        self._pending = 0  # rows since the last compaction
         self._items: dict[Hashable, np.ndarray] = {}
 
     def begin(self, clock: Clock) -> None:
@@ -76,48 +76,55 @@ class Ledger:
             pairs = zip(self._tables, self.points, strict=True)
             self._tables = [torch.cat([table, self._empty(point, more)]) for table, point in pairs]
 
-    def add(self, point: int, rows: Tensor, kept: Tensor, frame: Frame) -> None:
+    def add(self, point: int, rows: Tensor, kept: Tensor, nonfinite: Tensor, frame: Frame) -> None:
         """Count one FFN call at one site.
 
         Args:
             point: Place of the layer and site in `points`.
             rows: Activations before the rule, `[rows, width]`.
             kept: Entries that are non-zero after the rule.
+            nonfinite: True for rows with a NaN or an infinity, `[rows, 1]`.
             frame: Where the forward pass stands.
         """
         counts = [metric.count(point, rows, kept, frame) for metric in self.metrics]
-        values = torch.cat([naive.nonfinite_rows(rows).long(), *counts], dim=-1)
+        values = torch.cat([nonfinite.long(), *counts], dim=-1)
         self._tables[point].index_add_(0, frame.index, values)
 
     def end(self, clock: Clock) -> None:
-        """Read the counters once and add them to the records.
+        """Read the counters and close the request batch.
 
         Args:
-            clock: The clock that ends the request batch.
+            clock: The clock that ends it.
+        """
+        self.flush(clock)
+        self._tables = []
+
+    def flush(self, clock: Clock) -> None:
+        """Add the counters to the records and set them back to zero; the request batch goes on.
+
+        Args:
+            clock: The clock that drives it.
         """
         slots = list(clock.slots)
-        if not slots or not self._tables:
+        if not slots or not self._tables or not clock.counting:
             return
         used = len(slots) * self._batch * _STATES
         shape = (len(slots), self._batch, _STATES, len(self.columns))
-        stacked = [table[:used].to("cpu", copy=True).numpy().reshape(shape) for table in self._tables]
-        counts = np.stack(stacked)  # [point, slot, row, state, column]
-        noise = (
-            torch.stack([row.float().cpu() for row in clock.noise]).numpy() if len(clock.noise) else np.zeros((1, 1))
-        )
-        bins = np.minimum((noise * NOISE_BINS + 1e-4).astype(np.int64), NOISE_BINS - 1)
-        bins = np.broadcast_to(bins, (len(slots), self._batch))
+        bins = torch.stack([row.cpu() for row in clock.noise]).numpy()  # [slot, row]
         numbers = np.array([self._slots.setdefault(slot, len(self._slots)) for slot in slots])
-        self._fold_steps(counts, numbers, bins)
-        self._fold_items(counts, slots, clock.items)
-        self._tables = []
+        for point, table in enumerate(self._tables):
+            counts = table[:used].to("cpu", copy=True).numpy().reshape(shape)  # [slot, row, state, column]
+            table.zero_()
+            self._fold_steps(point, counts, numbers, bins)
+            self._fold_items(point, counts, slots, clock.items)
 
-    def _fold_steps(self, counts: np.ndarray, slots: np.ndarray, bins: np.ndarray) -> None:
-        point, slot, row, state = np.nonzero(counts.any(axis=-1))
+    def _fold_steps(self, point: int, counts: np.ndarray, slots: np.ndarray, bins: np.ndarray) -> None:
+        slot, row, state = np.nonzero(counts.any(axis=-1))
         key = ((slots[slot] * NOISE_BINS + bins[slot, row]) * len(self.points) + point) * _STATES + state
         self._keys.append(key)
-        self._sums.append(counts[point, slot, row, state])
-        if sum(map(len, self._keys)) > 2_000_000:
+        self._sums.append(counts[slot, row, state])
+        self._pending += len(key)
+        if self._pending > 2_000_000:
             self._compact()
 
     def _compact(self) -> tuple[np.ndarray, np.ndarray]:
@@ -126,16 +133,18 @@ class Ledger:
         keys, inverse = np.unique(np.concatenate(self._keys), return_inverse=True)
         sums = np.zeros((len(keys), len(self.columns)), np.int64)
         np.add.at(sums, inverse, np.concatenate(self._sums))
-        self._keys, self._sums = [keys], [sums]
+        self._keys, self._sums, self._pending = [keys], [sums], 0
         return keys, sums
 
-    def _fold_items(self, counts: np.ndarray, slots: list[Slot], items: list[Hashable]) -> None:
+    def _fold_items(self, point: int, counts: np.ndarray, slots: list[Slot], items: list[Hashable]) -> None:
         cond = [number for number, slot in enumerate(slots) if slot.branch != "uncond"]
         counted = [state for state in TokenState if state not in _UNCOUNTED]
         columns = [self.columns.index("kept"), self.columns.index("total")]
-        per_row = counts[:, cond][:, :, :, counted][..., columns].sum(axis=(1, 3))  # [point, row, 2]
+        per_row = counts[cond][:, :, counted][..., columns].sum(axis=(0, 2))  # [row, 2]
         for row, item in enumerate(items):
-            self._items[item] = self._items.get(item, 0) + per_row[:, row]
+            if item not in self._items:
+                self._items[item] = np.zeros((len(self.points), 2), np.int64)
+            self._items[item][point] += per_row[row]
 
     def read(self, notes: Sequence[str] = ()) -> Reading:
         """Return everything counted so far as plain columns.
@@ -168,7 +177,7 @@ class Ledger:
             columns[name] = (values * scales[name] if name in scales else values).tolist()
         bad = np.flatnonzero((sums[:, 0] > 0) & (state != TokenState.PAD)) if len(sums) else []
         if len(bad):
-            worst = min(bad, key=lambda line: (columns["layer"][line], columns["site"][line]))
+            worst = bad[np.argmin(point[bad])]  # points stand in the order in which they fire
             raise NonFiniteError(columns["layer"][worst], columns["site"][worst], int(sums[bad, 0].sum()))
         del columns["nonfinite"]
         return Reading(columns, self._item_sums(), tuple(notes))

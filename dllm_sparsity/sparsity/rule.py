@@ -75,8 +75,12 @@ class Rule(ABC):
             UserError: It is out of range or not a number.
         """
         value, name = self.strength, type(self).__name__
-        below = value <= self.low if self.open_low else value < self.low
-        if not isinstance(value, int | float) or math.isnan(value) or below or value > self.high:
+        if (
+            not isinstance(value, int | float)
+            or not math.isfinite(value)
+            or not self.low <= value <= self.high
+            or (self.open_low and value == self.low)
+        ):
             left = "(" if self.open_low else "["
             right = "inf)" if math.isinf(self.high) else f"{self.high:g}]"
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from dllm_sparsity.sparsity.sites import FFN, SitePoint
 
+_PROBES: dict[int, Tracker] = {}  # thread -> the tracker whose dry run it is in; all other trackers hold still
 NO_CLOCK = "no clock: phase is forward, token state is unknown, padding is counted, overlap is off"
 
 
@@ -85,13 +87,14 @@ class Tracker:
         self.clock = clock if clock is not None else FreeClock()
         self.notes = [] if clock is not None else [NO_CLOCK]
         self.ffns = _choose(_find(model), self.sites, layers)
-        kinds = [registry.get("metrics", name) for name in dict.fromkeys(("density", *metrics))]
+        asked = [metrics] if isinstance(metrics, str) else metrics
+        kinds = [registry.get("metrics", name) for name in dict.fromkeys(("density", *asked))]
         usable = [kind() for kind in kinds if clock is not None or not kind.needs_clock]
         self._points = [(ffn, site) for ffn in self.ffns for site in self.sites]
         self.ledger = Ledger([Point(ffn.layer, site, ffn.device_of) for ffn, site in self._points], usable)
         self._handles: list[Any] = []
         self._fired: set[int] = set()
-        self._probing = self._checked = False
+        self._checked = False
 
     def __enter__(self) -> Tracker:
         if self._handles:
@@ -103,6 +106,9 @@ class Tracker:
         except BaseException:
             self._detach()
             raise
+        if self.clock.items and not isinstance(self.clock, FreeClock):  # a request batch is open already
+            self.ledger.begin(self.clock)
+            self.ledger.tick(self.clock)
         self.clock.listeners.append(self.ledger)
         if isinstance(self.clock, FreeClock):
             self.clock.start()
@@ -112,22 +118,21 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._detach()
-        if isinstance(self.clock, FreeClock) and kind is None and self.clock.items:
-            self.clock.end()
         if self.ledger in self.clock.listeners:
+            if kind is None:
+                self.ledger.flush(self.clock)  # a request batch that is still open counts so far
             self.clock.listeners.remove(self.ledger)
         if kind is None and not self._checked:
             self._check_fired("in the block")
 
     def read(self) -> Reading:
-        """Return the counts of all finished request batches.
+        """Return everything counted so far.
 
         Raises:
             NonFiniteError: An activation was NaN or infinite.
         """
-        if isinstance(self.clock, FreeClock) and self.clock.items:
-            self.clock.end()
-            self.clock.start()
+        if self.ledger in self.clock.listeners:
+            self.ledger.flush(self.clock)
         return self.ledger.read(self.notes)
 
     def _detach(self) -> None:
@@ -153,8 +158,9 @@ class Tracker:
         rule = None if self.rule is None or self.rule.is_dense else self.rule
 
         def act(tensor: Tensor) -> Tensor:
-            if self._probing:
-                self._fired.add(number)
+            if _PROBES and (probe := _PROBES.get(threading.get_ident())) is not None:
+                if probe is self:
+                    self._fired.add(number)
                 return tensor
             whole = tensor.shape[-1] == point.width
             part = tensor if whole else tensor[..., point.start : point.start + point.width]
@@ -162,6 +168,7 @@ class Tracker:
             frame = self.clock.rows(len(rows), rows.device)
             self._fired.add(number)
             kept_rows = rows
+            nonfinite = naive.nonfinite_rows(rows)
             if rule is not None:
                 with torch.no_grad():
                     if frame is not None and not isinstance(self.clock, FreeClock):
@@ -169,10 +176,10 @@ class Tracker:
                     else:
                         sequence, counted = _sequences(part), None
                     mask = rule.keep(rows, Where(ffn.layer, site, point.weight, sequence, counted))
-                    mask = mask | naive.nonfinite_rows(rows)  # a NaN goes on to the read-out, it does not become zero
-                kept_rows = torch.where(mask, rows, 0)
+                    mask = mask | nonfinite  # a NaN goes on to the read-out, it does not become zero
+                kept_rows = naive.zero_out(rows, mask)
             if self.clock.counting and frame is not None:
-                self.ledger.add(number, rows, kept_rows.detach() != 0, frame)
+                self.ledger.add(number, rows.detach(), kept_rows.detach().bool(), nonfinite, frame)
             if rule is None:
                 return tensor
             result = kept_rows.view(part.shape)
@@ -187,17 +194,17 @@ class Tracker:
         ids = _one_token(self.model)
         if ids is None:
             return
-        self._probing = True
+        _PROBES[threading.get_ident()] = self
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with self.clock.paused(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 accepts = inspect.signature(self.model.forward).parameters
                 self.model(input_ids=ids, **({"use_cache": False} if "use_cache" in accepts else {}))
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        except Exception as error:  # foreign models refuse one token in ways of their own
             self.notes.append(f"no dry run ({type(error).__name__}): sites are checked when the block ends")
             self._fired.clear()
             return
         finally:
-            self._probing = False
+            del _PROBES[threading.get_ident()]
         self._check_fired("in a dry run")
         self._checked = True
 
@@ -232,7 +239,7 @@ def _choose(ffns: list[FFN], sites: tuple[str, ...], layers: Iterable[int] | Non
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules())
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
 
 
 def _sequences(part: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""The definition of every kernel of the core, in plain torch; numpy sorts on CPU, where torch's sort is slow."""
+"""The definition of every kernel of the core, in plain torch; on CPU numpy takes over where torch is slow."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
@@ -10,10 +12,10 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float, Int, UInt8
     from torch import Tensor
 
-_ROWS_PER_TASK = 256  # below this a second thread costs more than it saves
+_CHUNK = 32_768  # entries that a thread sorts and sums at a time, so that they stay in its core's cache
 
 
 def sorted_descending(scores: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
@@ -22,21 +24,41 @@ def sorted_descending(scores: Float[Tensor, "rows width"]) -> Float[Tensor, "row
     Args:
         scores: Any floating dtype; bfloat16 and float16 become float32, which holds them exactly.
     """
-    if scores.device.type != "cpu":
+    return _in_chunks(_sort, scores)
+
+
+def _sort(scores: Tensor) -> Tensor:
+    if not _on_host(scores):
         return scores.sort(dim=-1, descending=True).values
     wide = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
-    array = wide.detach().contiguous().numpy().copy()
-    tasks = min(torch.get_num_threads(), len(array) // _ROWS_PER_TASK)
-    if tasks > 1:
-        list(_pool(tasks).map(lambda part: part.sort(axis=1), np.array_split(array, tasks)))
-    else:
-        array.sort(axis=1)
-    return torch.from_numpy(array).flip(-1)
+    array = wide.neg().numpy()
+    array.sort(axis=1)
+    return torch.from_numpy(array).neg()
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Return whether numpy can take over: on CPU, and not while torch.compile traces."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _in_chunks(work: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
+    """Apply a function of rows, on CPU chunk by chunk in threads; numpy and torch release the GIL."""
+    scores = scores.detach()
+    step = max(1, _CHUNK // max(1, scores.shape[-1]))
+    if not _on_host(scores) or len(scores) <= step:
+        return work(scores)
+    threads = torch.get_num_threads()
+    chunks = scores.split(step)
+    return torch.cat(list(_pool(threads).map(work, chunks) if threads > 1 else map(work, chunks)))
 
 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers)  # numpy's sort releases the GIL
+    return ThreadPoolExecutor(workers)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def top_p_count(ordered: Float[Tensor, "rows width"], p: float) -> Int[Tensor, "rows 1"]:
@@ -60,8 +82,12 @@ def top_p_cutoff(scores: Float[Tensor, "rows width"], p: float) -> Float[Tensor,
         scores: Non-negative rows.
         p: Share of the row's sum to keep, in [0, 1].
     """
-    ordered = sorted_descending(scores)
-    return ordered.gather(-1, top_p_count(ordered, p) - 1).to(scores.dtype)
+
+    def of(chunk: Tensor) -> Tensor:
+        ordered = _sort(chunk)
+        return ordered.gather(-1, top_p_count(ordered, p) - 1)
+
+    return _in_chunks(of, scores).to(scores.dtype)
 
 
 def top_k_cutoff(scores: Float[Tensor, "rows width"], count: int) -> Float[Tensor, "rows 1"]:
@@ -71,7 +97,7 @@ def top_k_cutoff(scores: Float[Tensor, "rows width"], count: int) -> Float[Tenso
         scores: Any rows.
         count: Entries to keep, at least 1 and at most the width.
     """
-    if scores.device.type != "cpu":
+    if not _on_host(scores):
         return scores.topk(count, dim=-1).values[:, -1:]
     return sorted_descending(scores)[:, count - 1 : count].to(scores.dtype)
 
@@ -90,13 +116,26 @@ def first_in_order(scores: Float[Tensor, "rows width"], count: Int[Tensor, "rows
     return rank < count
 
 
+def zero_out(rows: Float[Tensor, "rows width"], keep: Bool[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+    """Set to zero what is not kept; a row that holds a NaN or an infinity must be kept whole.
+
+    Args:
+        rows: Activations.
+        keep: From a rule.
+    """
+    if _on_host(rows) and not rows.requires_grad and rows.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.multiply(rows.numpy(), keep.numpy()))  # a select branches on every entry on CPU
+    return torch.where(keep, rows, 0)
+
+
 def nonfinite_rows(rows: Float[Tensor, "rows width"]) -> Bool[Tensor, "rows 1"]:
     """Return True for each row that holds a NaN or an infinity.
 
     Args:
         rows: Any rows.
     """
-    low, high = torch.aminmax(rows.detach(), dim=-1, keepdim=True)  # both carry a NaN on
+    rows = rows.detach()
+    low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)  # both carry a NaN on
     return ~(low.isfinite() & high.isfinite())
 
 
@@ -106,7 +145,30 @@ def count_true(mask: Bool[Tensor, "rows width"]) -> Int[Tensor, rows]:
     Args:
         mask: One row a token.
     """
-    if mask.device.type == "cpu":
-        packed = np.packbits(mask.numpy(), axis=1)
-        return torch.from_numpy(np.bitwise_count(packed).sum(axis=1, dtype=np.int64))
-    return mask.sum(-1)
+    return count_bits(pack_bits(mask)) if _on_host(mask) else mask.sum(-1)
+
+
+def pack_bits(mask: Bool[Tensor, "rows width"]) -> UInt8[Tensor, "rows bytes"]:
+    """Hold eight entries in a byte, the first in the highest bit; missing ones are zero.
+
+    Args:
+        mask: One row a token.
+    """
+    if _on_host(mask):
+        return torch.from_numpy(np.packbits(mask.numpy(), axis=1))
+    octets = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    worth = 2 ** torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)
+    return (octets * worth).sum(-1, dtype=torch.uint8)
+
+
+def count_bits(packed: UInt8[Tensor, "rows bytes"]) -> Int[Tensor, rows]:
+    """Count the bits that are set in each row.
+
+    Args:
+        packed: From `pack_bits`.
+    """
+    if _on_host(packed):
+        return torch.from_numpy(np.bitwise_count(packed.numpy()).sum(axis=1, dtype=np.int64))
+    pairs = packed - (packed >> 1 & 0x55)
+    fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return (fours + (fours >> 4) & 0x0F).sum(-1)

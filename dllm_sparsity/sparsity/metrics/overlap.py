@@ -53,26 +53,31 @@ class Overlap(Metric):
             frame: As in `Metric.count`.
 
         Raises:
-            ValueError: The loop said that the rows are those of the forward pass before, and their number differs.
+            ValueError: The loop said that the rows are those of the forward pass before, and there was none, or their
+                number differs.
         """
         if frame.compare is Compare.OFF:
             return torch.zeros(len(kept), len(self.columns), dtype=torch.long, device=kept.device)
         key = (point, frame.slot.branch)
         if frame.compare is Compare.START:
-            self._memory[key] = {"prev": kept, "first": kept}
+            packed = naive.pack_bits(kept)
+            self._memory[key] = {"prev": packed, "first": packed}
             return torch.zeros(len(kept), len(self.columns), dtype=torch.long, device=kept.device)
-        memory = self._memory[key]
-        if memory["prev"].shape != kept.shape:
+        memory = self._memory.get(key)
+        if memory is None:
+            raise ValueError("overlap: Compare.PREVIOUS without a Compare.START of this branch before it in the batch")
+        packed = naive.pack_bits(kept)
+        if memory["prev"].shape != packed.shape:
             raise ValueError(f"overlap: {len(kept)} rows now, {len(memory['prev'])} one step before")
-        size = naive.count_true(kept)
-        counts = [column for against in ("prev", "first") for column in _compare(kept, size, memory[against])]
-        memory["prev"] = kept
+        size = naive.count_bits(packed)
+        counts = [column for against in ("prev", "first") for column in _compare(packed, size, memory[against])]
+        memory["prev"] = packed
         return torch.stack(counts, dim=-1)
 
 
 def _compare(kept: Tensor, size: Tensor, earlier: Tensor) -> list[Tensor]:
-    """Return the five parts for one earlier kept set."""
-    inter, before = naive.count_true(kept & earlier), naive.count_true(earlier)
+    """Return the five parts for one earlier kept set; both are packed."""
+    inter, before = naive.count_bits(kept & earlier), naive.count_bits(earlier)
     union = size + before - inter
     jaccard = torch.where(union > 0, inter.double() / union.clamp(min=1), 1.0)
     return [torch.ones_like(inter), inter, union, before, (jaccard / _UNIT).round().long()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from dllm_sparsity.sparsity.rule import CutoffRule
 
 if TYPE_CHECKING:
@@ -41,5 +43,5 @@ class MaxP(CutoffRule):
         Args:
             scores: From `score`.
         """
-        # in float32, so that rounding to a 16-bit type cannot lift the cutoff above the maximum
-        return self.p * scores.amax(-1, keepdim=True).float()
+        # at least float32, so that rounding to a 16-bit type cannot lift the cutoff above the maximum
+        return self.p * scores.amax(-1, keepdim=True).to(torch.promote_types(scores.dtype, torch.float32))

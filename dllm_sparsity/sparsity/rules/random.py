@@ -45,8 +45,10 @@ class Random(Rule):
             raise UserError("random needs a strength, or a rule to be like", "say Random(0.9), or give like=a rule")
         if isinstance(self.like, str):
             object.__setattr__(self, "_rule", registry.get("rules", self.like)(self.p))
-        else:
+        elif isinstance(self.like, Rule):
             object.__setattr__(self, "_rule", self.like)
+        else:
+            raise UserError(f"random cannot be like {self.like!r}", "give like the name of a rule, or a rule")
 
     @property
     def strength(self) -> float:

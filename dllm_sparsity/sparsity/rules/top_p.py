@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -41,7 +42,7 @@ class TopP(CutoffRule):
 
     def __post_init__(self) -> None:
         self.check_range()
-        if not self.power > 0:
+        if not isinstance(self.power, int | float) or not 0 < self.power < math.inf:
             raise UserError(f"top_p: power {self.power!r} is not positive", "give a power above 0, such as 1 or 2")
         if self.scope not in ("token", "sequence"):
             raise UserError(f"top_p: unknown scope {self.scope!r}", "give scope token or sequence")
