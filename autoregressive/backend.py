@@ -93,7 +93,7 @@ class AutoregressiveBackend(SparsityLM):
     def _has_stop(self, answer: list[int], until: list[str]) -> bool:
         if not until:
             return False
-        tail = self.tokenizer.decode(answer[-(max(map(len, until)) + 8) :])
+        tail = self.tokenizer.decode(answer[-(max(map(len, until)) + 8) :], skip_special_tokens=True)
         return any(stop in tail for stop in until)
 
     def _generator(self, item: Hashable) -> torch.Generator:

@@ -81,6 +81,9 @@ def finish(path: Path, report: Path) -> Comparison:
     """
     import json
 
+    report = report.resolve()
+    if report.is_relative_to(Path.cwd()):
+        report = report.relative_to(Path.cwd())
     return Comparison(path, report, json.loads((path / "summary.json").read_text(encoding="utf-8")))
 
 

@@ -244,7 +244,7 @@ class DiffusionBackend(SparsityLM):
         if self.eot_token_id is not None and tokens[-1:] == [self.eot_token_id]:
             tokens = tokens[:-1]
         for stop in until:
-            text = self.tokenizer.decode(tokens)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             if stop in text:
                 tokens = _up_to(self.tokenizer, tokens, stop)
                 new_tokens = len(tokens)
@@ -284,6 +284,6 @@ def _fit(context: list[int], room: int) -> list[int]:
 def _up_to(tokenizer: Any, tokens: list[int], stop: str) -> list[int]:
     """Return the shortest prefix of the tokens whose text holds the stop string."""
     for end in range(1, len(tokens) + 1):
-        if stop in tokenizer.decode(tokens[:end]):
+        if stop in tokenizer.decode(tokens[:end], skip_special_tokens=True):
             return tokens[:end]
     return tokens

@@ -60,7 +60,8 @@ class DenoiseSettings:
     @property
     def block(self) -> int:
         """Tokens of one block."""
-        return min(self.block_length or self.max_new_tokens, self.max_new_tokens)
+        wanted = self.max_new_tokens if self.block_length is None else self.block_length
+        return min(wanted, self.max_new_tokens)
 
     @property
     def blocks(self) -> int:
@@ -70,7 +71,7 @@ class DenoiseSettings:
     @property
     def total_steps(self) -> int:
         """Steps over the whole canvas, if the sampler keeps to the schedule."""
-        return self.steps or self.max_new_tokens
+        return self.max_new_tokens if self.steps is None else self.steps
 
     @property
     def steps_per_block(self) -> int:

@@ -77,6 +77,8 @@ class _Watcher:
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Announce the forward pass that begins with these token ids."""
+        if not self.clock.counting:
+            return
         ids = args[0] if args else next(value for value in kwargs.values() if isinstance(value, torch.Tensor))
         ids = ids.detach()
         self._guided = guided = self._is_guided(ids)

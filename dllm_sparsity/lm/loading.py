@@ -151,8 +151,9 @@ def sees_right_context(model: Any) -> bool:
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + size // 2) % size
     real = torch.ones_like(ids, dtype=torch.bool)
-    first, second = call(Rows(ids, real)), call(Rows(other, real))
-    return not torch.equal(first[:, :3], second[:, :3])
+    first, second = (call(Rows(row, real))[:, :3] for row in (ids, other))
+    rounding = 8 * torch.finfo(first.dtype).eps * float(first.abs().max())  # experts sum in an order that may differ
+    return float((first - second).abs().max()) > rounding
 
 
 def check_paradigm(model: Any, name: str, bidirectional: bool) -> None:

@@ -135,7 +135,8 @@ def build_config(data: dict[str, Any], source: str = "the study") -> StudyConfig
     try:
         config = StudyConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])  # most likely a typo
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         hint = "the files in configs/ comment every field"
         if first["type"] == "extra_forbidden":

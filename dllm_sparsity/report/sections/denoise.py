@@ -1,4 +1,4 @@
-"""Sparsity over the denoising of masked-diffusion models: by step, layer, token state, and by noise in likelihood."""
+"""Sparsity over the denoising of diffusion models: by step, layer and token state, and by noise in likelihood."""
 
 from __future__ import annotations
 

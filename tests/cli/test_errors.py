@@ -1,0 +1,127 @@
+"""What bad input gets: two lines, exit code 1, no traceback, before anything expensive."""
+
+import pytest
+from click.testing import CliRunner
+
+from dllm_sparsity.cli import main as main_module
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the real entry point in an empty folder; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["dllm-sparsity", *map(str, arguments)])
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as left:
+            main_module.main()
+        captured = capsys.readouterr()
+        return left.value.code, captured.out, captured.err
+
+    return call
+
+
+AR, DM = "{ar}", "{dm}"
+BAD = [
+    (["--ar", "/no/such/folder", "--task", "easy_endings"], "no such folder", "check the path"),
+    (["--ar", "nobody/nothing", "--task", "easy_endings"], "is not on this machine and HF_HUB_OFFLINE is set", "local folder"),
+    (["--ar", "bad id!", "--task", "easy_endings"], "neither a folder nor a hub id", "org/name"),
+    (["--ar", AR, "--rule", "topp", "--strength", "0.9"], "unknown rule 'topp'; did you mean top_p?", "ls rules"),
+    (["--ar", AR, "--site", "intermediat"], "did you mean intermediate?", "sites are"),
+    (["--ar", AR, "--task", "easy_ending", "--strength", "0.9"], "did you mean easy_endings?", "ls tasks"),
+    (["--ar", AR, "--strength", "1.5"], "strength 1.5 is out of range for TopP", "[0, 1]"),
+    (["--ar", AR, "--strength", "1"], "is its dense setting", "every study runs dense"),
+    (["--ar", AR, "--rule", "top_k"], "no strength given for rule top_k", "--strength"),
+    (["--diffusion", DM, "--sampler", "low_confidance"], "did you mean low_confidence?", "ls samplers"),
+    (["--diffusion", DM, "--confidence-threshold", "0.5"], "has no confidence threshold", "confidence_threshold"),
+    (["--diffusion", AR, "--text", "{text}"], "is a causal model, it cannot be used as a diffusion model", "--ar"),
+    (["--ar", DM, "--text", "{text}"], "it is not autoregressive", "--diffusion"),
+    (["--ar", AR, "--text", "no.txt"], "no such text file", "text file"),
+    (["--ar", AR, "--task", "no.yaml"], "no such task file", "lm-eval YAML"),
+    (["--diffusion", DM, "--mask-token", "<nope>", "--text", "{text}"], "is not in the vocabulary", "or its id"),
+    (["--ar", AR, "--device", "cuda:99", "--text", "{text}"], "cuda", "--device cpu"),
+    (["--ar", AR, "--site", "gate", "--text", "{text}", "--out", "/proc/nothing"], "cannot write", "--out"),
+    (["nowhere.yaml"], "no such file", "configs/"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message", "hint"), BAD, ids=[" ".join(case[0]) for case in BAD])
+def test_two_lines(run, material, arguments, message, hint):
+    places = {"ar": material / "ar", "dm": material / "dm", "text": material / "own.txt"}
+    arguments = [str(argument).format(**places) for argument in arguments]
+    code, out, err = run("compare", *arguments)
+    assert code == 1
+    assert out == ""
+    lines = err.strip().splitlines()[-2:]
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert lines[1].startswith("hint:  ")
+    assert hint in lines[1]
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [", "not valid YAML"),
+        ("just text", "holds no fields"),
+        ("modles: []", "did you mean models?"),
+        ("models: []\ntasks: []\nrules: []", "models"),
+        ("models: [{paradigm: ar, model: x}]\ntasks: [{name: a}]\nrules: [{name: top_p, strengths: [0.9]}]", "paradigm"),
+        (
+            "models: [{paradigm: diffusion, model: x, mask: y}]\ntasks: [{name: a}]\n"
+            "rules: [{name: top_p, strengths: [0.9]}]",
+            "did you mean mask_token?",
+        ),
+    ],
+)
+def test_bad_studies(run, tmp_path, text, message):
+    (tmp_path / "study.yaml").write_text(text)
+    code, _, err = run("compare", "study.yaml")
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_no_folder_is_left_by_bad_input(run, material, tmp_path):
+    run("compare", "--ar", "/no/such/folder")
+    run("compare", "--ar", material / "ar", "--rule", "nope", "--strength", "0.5")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unrelated_folder_is_not_written_into(run, material, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    code, _, err = run("compare", "--ar", material / "ar", "--text", material / "own.txt", "--out", "mine")
+    assert code == 1
+    assert "is not empty" in err
+
+
+def test_a_model_without_an_ffn_we_know(run, material, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    import tiny
+
+    config = Qwen3MoeConfig(**tiny.SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    tiny.tokenizer().save_pretrained(tmp_path / "moe")
+    capsys.readouterr()
+    code, _, err = run("compare", "--ar", tmp_path / "moe", "--text", material / "own.txt")
+    assert code == 1
+    assert "mixture of experts" in err
+    assert len(err.strip().splitlines()) == 2
+
+
+def test_debug_shows_the_traceback(run, monkeypatch):
+    monkeypatch.setenv("DLLM_SPARSITY_DEBUG", "1")
+    code, _, err = run("compare", "--ar", "/no/such/folder")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_wrong_options_are_usage_errors():
+    runner = CliRunner()
+    for arguments in (["compare", "--nope"], ["compare", "--limit", "0"], ["compare", "--mc", "many"], ["ls", "rulez"]):
+        assert runner.invoke(main_module.cli, arguments).exit_code == 2
