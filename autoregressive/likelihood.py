@@ -28,20 +28,19 @@ def score(call: ModelCall, clock: Clock, targets: Sequence[Target], max_length: 
     inputs = [(target.context + target.tokens)[-(max_length + 1) :][:-1] for target in targets]
     rows = pad(inputs, pad_id, "right", call.device)
     scored = [range(len(ids) - len(t.tokens), len(ids)) for ids, t in zip(inputs, targets, strict=True)]
-    positions = sorted(set().union(*scored))
-    column = {position: number for number, position in enumerate(positions)}
+    wanted = torch.zeros_like(rows.real)
     states = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
     for number, span in enumerate(scored):
         states[number, span.start + 1 : span.stop] = TokenState.COMMITTED
+        wanted[number, span.start : span.stop] = True
     with clock.batch([target.item for target in targets]):
         clock.tick(Slot(Phase.LIKELIHOOD), states)
         # without a mask: padding on the right is out of sight, and unmasked attention is the faster kernel
         unmasked = Rows(rows.ids, torch.ones_like(rows.real))
-        logits = call(unmasked, torch.tensor(positions, device=rows.ids.device))
-    results = []
-    for number, (span, target) in enumerate(zip(scored, targets, strict=True)):
-        own = logits[number, [column[position] for position in span]].log_softmax(-1, dtype=torch.float32)
-        tokens = torch.tensor(target.tokens[-len(own) :], device=own.device)
-        total = own.gather(-1, tokens.unsqueeze(-1)).sum()
-        results.append(Score(float(total), bool((own.argmax(-1) == tokens).all()), 0.0, 1))
-    return results
+        logits = call.at(unmasked, wanted).log_softmax(-1, dtype=torch.float32)
+    tokens = torch.tensor([t for target, span in zip(targets, scored, strict=True) for t in target.tokens[-len(span) :]])
+    found = logits.gather(-1, tokens.to(logits.device).unsqueeze(-1)).squeeze(-1)
+    right = logits.argmax(-1) == tokens.to(logits.device)
+    lengths = [len(span) for span in scored]
+    parts = zip(found.cpu().split(lengths), right.cpu().split(lengths), strict=True)
+    return [Score(float(own.sum()), bool(hits.all()), 0.0, 1) for own, hits in parts]

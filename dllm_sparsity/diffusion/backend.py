@@ -159,21 +159,18 @@ class DiffusionBackend(SparsityLM):
             mask = torch.from_numpy(plans[row.target].masks[row.mask]).to(hidden.device)
             hidden[number, width - len(target.tokens) :] = mask
             states[number, width - len(target.tokens) :] = torch.where(mask, TokenState.MASKED, TokenState.COMMITTED)
-        left = width - max(len(target.tokens) for target in chosen)
-        columns = torch.arange(left, width, device=hidden.device)
-        asked = (columns - 1).clamp(min=0) if self.logits_shift else columns
+        asked = _shifted(hidden) if self.logits_shift else hidden
         noisy = rows.ids.masked_fill(hidden, self.mask_id)
         with self.clock.batch([target.item for target in chosen], 2):
             self.clock.tick(Slot(Phase.LIKELIHOOD), states)
-            logits = self.call(Rows(noisy, rows.real), asked)
+            logits = self.call.at(Rows(noisy, rows.real), asked)
             if self.cfg_scale:
                 self.clock.tick(Slot(Phase.LIKELIHOOD, "uncond"), states)
                 blank = noisy.masked_fill(states == TokenState.PROMPT, self.mask_id)
-                logits = guided(logits, self.call(Rows(blank, rows.real), asked), self.cfg_scale)
-        wanted, answer = hidden[:, left:], rows.ids[:, left:]
-        picked = logits[wanted].log_softmax(-1, dtype=torch.float32)
-        found = picked.gather(-1, answer[wanted].unsqueeze(-1)).squeeze(-1).double()
-        owner = wanted.nonzero()[:, 0]
+                logits = guided(logits, self.call.at(Rows(blank, rows.real), asked), self.cfg_scale)
+        log = logits.log_softmax(-1, dtype=torch.float32)
+        found = log.gather(-1, rows.ids[hidden].unsqueeze(-1)).squeeze(-1).double()
+        owner = hidden.nonzero()[:, 0]
         return torch.zeros(len(chunk), dtype=torch.float64, device=found.device).index_add_(0, owner, found).tolist()
 
     def _decodes_to(self, targets: Sequence[Target]) -> list[bool]:
@@ -279,6 +276,15 @@ def find_mask_id(model: Any, tokenizer: Any, given: str | int | None) -> int:
 
 def _fit(context: list[int], room: int) -> list[int]:
     return context[-room:] if room > 0 else []
+
+
+def _shifted(hidden: torch.Tensor) -> torch.Tensor:
+    """Return where the logits stand that predict the hidden tokens; column 0 has no position before it."""
+    before = hidden.roll(-1, dims=1)
+    before[:, -1] = False
+    if hidden[:, 0].any():
+        raise UserError("a target without context has no position that predicts its first token", "give a context")
+    return before
 
 
 def _up_to(tokenizer: Any, tokens: list[int], stop: str) -> list[int]:

@@ -102,7 +102,7 @@ class DenoiseStep:
     step: int
     canvas: Int[Tensor, "batch new"]
     committed: Bool[Tensor, "batch new"]
-    active: Bool[Tensor, batch]
+    active: Bool[Tensor, "batch"]
 
 
 @torch.no_grad()
@@ -192,7 +192,7 @@ def guided(logits: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + (scale + 1) * (logits - unconditional)
 
 
-def _schedule(masked: Int[Tensor, batch], steps: int) -> Int[Tensor, "batch steps"]:
+def _schedule(masked: Int[Tensor, "batch"], steps: int) -> Int[Tensor, "batch steps"]:
     """Spread commits evenly over the steps; the first steps take the remainder."""
     turn = torch.arange(steps, device=masked.device)
     return (masked // steps).unsqueeze(-1) + (turn < (masked % steps).unsqueeze(-1)).long()

@@ -134,8 +134,14 @@ class _Watcher:
 
     def _is_guided(self, ids: Int[Tensor, "batch seq"]) -> bool:
         """Tell whether the second half of the batch is the first without its prompt: all mask when a request begins."""
-        if len(ids) % 2 == 0:
-            cond, free = ids.chunk(2)
-            if bool((free == self._mask).all() and (cond != self._mask).any()):
-                return True
-        return self._guided and len(ids) == len(self.clock.items)
+        if len(ids) % 2:
+            return False
+        cond, free = ids.chunk(2)
+        if bool((free == self._mask).all() and (cond != self._mask).any()):
+            return True
+        canvas = self._canvas
+        if not self._guided or canvas is None or len(canvas) != len(cond) or canvas.shape[1] > cond.shape[1]:
+            return False
+        blank = cond.clone()
+        blank[:, : canvas.shape[1]].masked_fill_(~canvas, self._mask)
+        return torch.equal(free, blank)

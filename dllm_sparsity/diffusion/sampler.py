@@ -62,7 +62,7 @@ class Sampler(ABC):
         self,
         logits: Float[Tensor, "batch seq vocab"],
         masked: Bool[Tensor, "batch seq"],
-        num_commits: Int[Tensor, batch],
+        num_commits: Int[Tensor, "batch"],
         draw: Draw,
     ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
         """Propose a token for each position and mark those that are committed.
@@ -85,7 +85,7 @@ class Sampler(ABC):
         return tokens, self.select(confidence, rank, num_commits) & masked
 
     def select(
-        self, confidence: Float[Tensor, "batch seq"], rank: Int[Tensor, "batch seq"], num_commits: Int[Tensor, batch]
+        self, confidence: Float[Tensor, "batch seq"], rank: Int[Tensor, "batch seq"], num_commits: Int[Tensor, "batch"]
     ) -> Bool[Tensor, "batch seq"]:
         """Mark the positions to commit; the schedule's number of the surest unless a sampler says otherwise.
 

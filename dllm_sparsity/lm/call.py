@@ -72,7 +72,7 @@ class ModelCall:
     def __call__(
         self,
         rows: Rows,
-        positions: Int[Tensor, kept] | None = None,
+        positions: Int[Tensor, "kept"] | None = None,
         cache: Any = None,
         past: Bool[Tensor, "batch past"] | None = None,
     ) -> Float[Tensor, "batch kept vocab"]:
@@ -84,6 +84,42 @@ class ModelCall:
             cache: A transformers cache that the call reads and extends.
             past: Which cached columns are real tokens.
         """
+        extra = self._arguments(rows, cache, past)
+        if positions is not None and self._keeps:
+            extra["logits_to_keep"] = positions
+        logits = self.model(input_ids=rows.ids, **extra).logits
+        return logits if positions is None or self._keeps else logits[:, positions]
+
+    def at(self, rows: Rows, wanted: Bool[Tensor, "batch seq"]) -> Float[Tensor, "wanted vocab"]:
+        """Return logits for single tokens, in the order of rows and columns.
+
+        The head runs on these tokens alone: it is a large part of a small model's work.
+
+        Args:
+            rows: Token rows.
+            wanted: True where logits are asked for.
+        """
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        places = wanted.flatten().nonzero().squeeze(-1)  # looks at the device before the forward pass, not inside it
+
+        def pick(module: nn.Module, args: tuple) -> tuple:
+            if args[0].shape[:2] != wanted.shape:
+                return args
+            return (args[0].flatten(0, 1)[places.to(args[0].device)].unsqueeze(0), *args[1:])
+
+        handle = head.register_forward_pre_hook(pick) if isinstance(head, nn.Module) else None
+        try:
+            logits = self.model(input_ids=rows.ids, **self._arguments(rows)).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        flat = logits.flatten(0, 1)
+        return flat if len(flat) == len(places) else flat[places]  # some models do not call their head as a module
+
+    def _arguments(
+        self, rows: Rows, cache: Any = None, past: Bool[Tensor, "batch past"] | None = None
+    ) -> dict[str, Any]:
+        """Return what a forward pass needs besides ids; no mask where nothing is padded, for faster attention."""
         real = rows.real if past is None else torch.cat([past, rows.real], dim=1)
         padded = not bool(real.all())
         extra: dict[str, Any] = {}
@@ -95,7 +131,4 @@ class ModelCall:
             extra.update(past_key_values=cache, use_cache=True)
         elif self._cached:
             extra["use_cache"] = False
-        if positions is not None and self._keeps:
-            extra["logits_to_keep"] = positions
-        logits = self.model(input_ids=rows.ids, **extra).logits
-        return logits if positions is None or self._keeps else logits[:, positions]
+        return extra

@@ -11,6 +11,7 @@ import torch
 
 from dllm_sparsity.errors import UserError
 
+_LOAD_ERRORS = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError, AssertionError)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -50,14 +51,14 @@ def load(source: ModelSource) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(source.model, **keys)
         auto = _auto_class(config)
-        from dllm_sparsity.lm.shims import prepare
+        from dllm_sparsity.lm.shims import remote_code
 
-        prepare(source.model, config, auto.__name__, keys)
-        model = auto.from_pretrained(
-            source.model, config=config, dtype=getattr(torch, source.dtype), use_safetensors=True, **keys
-        )
+        with remote_code(source.model, config, auto.__name__, keys):
+            model = auto.from_pretrained(
+                source.model, config=config, dtype=getattr(torch, source.dtype), use_safetensors=True, **keys
+            )
         tokenizer = AutoTokenizer.from_pretrained(source.model, **keys)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+    except _LOAD_ERRORS as error:
         raise _load_error(source, error) from error
     if getattr(model, "generation_config", None) is None:
         model.generation_config = GenerationConfig()

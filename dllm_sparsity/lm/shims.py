@@ -1,12 +1,24 @@
-"""Let remote code written for transformers 4 load on transformers 5; names are only added, never changed."""
+"""Let trusted remote code written for transformers 4 load on transformers 5; names are only added, never changed."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def prepare(model: str, config: Any, auto_class: str, keys: dict[str, Any]) -> None:
-    """Add what older remote code expects, before its weights are read. Does nothing for models of transformers.
+@contextmanager
+def remote_code(model: str, config: Any, auto_class: str, keys: dict[str, Any]) -> Iterator[None]:
+    """Wrap `from_pretrained` of a model that comes with its own code. Does nothing for models of transformers.
 
     Args:
         model: Hub id or folder.
@@ -16,40 +28,121 @@ def prepare(model: str, config: Any, auto_class: str, keys: dict[str, Any]) -> N
     """
     remote = getattr(config, "auto_map", None) or {}
     if auto_class not in remote or not keys.get("trust_remote_code"):
+        yield
         return
+    _complete(config)
+    _add_names()
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    cls = get_class_from_dynamic_module(remote[auto_class], model, revision=keys.get("revision"))
+    _accept_new_calls(cls)
+    with _real_buffers(cls):
+        yield
+
+
+def _complete(config: Any) -> None:
+    """Give a configuration the fields that transformers 5 no longer fills in."""
     for name, value in (("use_cache", False), ("pad_token_id", None), ("tie_word_embeddings", False)):
         if not hasattr(config, name):
             setattr(config, name, value)
     if getattr(config, "init_device", None) is not None:
         config.init_device = "cpu"  # LLaDA would build itself on a GPU
-    _default_rope()
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    cls = get_class_from_dynamic_module(remote[auto_class], model, revision=keys.get("revision"))
-    if not hasattr(cls, "all_tied_weights_keys"):
-        cls.all_tied_weights_keys = {}
-    own = cls.__dict__.get("tie_weights")
-    if own is not None and not getattr(own, "_takes_any", False):
-
-        def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-            own(self)
-
-        tie_weights._takes_any = True
-        cls.tie_weights = tie_weights
 
 
-def _default_rope() -> None:
-    """Register the plain rotary embedding, which transformers 5 dropped from its table."""
-    import torch
+def _add_names() -> None:
+    """Put back what transformers 5 dropped and remote code imports or looks up."""
+    from transformers import utils
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    def plain(config: Any, device: Any = None, seq_len: int | None = None, **kwargs: Any) -> tuple[torch.Tensor, float]:
-        base = getattr(config, "rope_theta", None) or (getattr(config, "rope_parameters", None) or {}).get(
-            "rope_theta", 1e4
-        )
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        dim = int(head * getattr(config, "partial_rotary_factor", 1.0))
-        steps = torch.arange(0, dim, 2, dtype=torch.int64).to(device=device, dtype=torch.float) / dim
-        return 1.0 / base**steps, 1.0
+    ROPE_INIT_FUNCTIONS.setdefault("default", _plain_rope)
+    for place in (utils, utils.import_utils):
+        if not hasattr(place, "is_torch_fx_available"):
+            place.is_torch_fx_available = lambda: False
+    if not hasattr(utils, "LossKwargs") and hasattr(utils, "TransformersKwargs"):
+        utils.LossKwargs = utils.TransformersKwargs
 
-    ROPE_INIT_FUNCTIONS.setdefault("default", plain)
+
+def _plain_rope(config: Any, device: Any = None, seq_len: int | None = None, **kwargs: Any) -> tuple[Tensor, float]:
+    """Return the frequencies of plain rotary embeddings, and the scale of attention."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    base = getattr(config, "rope_theta", None) or parameters.get("rope_theta", 1e4)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = int(head * getattr(config, "partial_rotary_factor", 1.0))
+    steps = torch.arange(0, dim, 2, dtype=torch.int64).to(device=device, dtype=torch.float) / dim
+    return 1.0 / base**steps, 1.0
+
+
+def _accept_new_calls(cls: Any) -> None:
+    """Let a class of transformers 4 be called as transformers 5 calls it when weights are tied."""
+    if not hasattr(cls, "all_tied_weights_keys"):
+        cls.all_tied_weights_keys = {}
+    own = cls.tie_weights
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(own).parameters.values()):
+        return
+
+    def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self)
+
+    cls.tie_weights = tie_weights
+
+
+@contextmanager
+def _real_buffers(cls: Any) -> Iterator[None]:
+    """Keep the buffers that are in no checkpoint, such as rotary frequencies, as the model's code computes them.
+
+    transformers 5 builds models without memory and leaves such buffers unset unless the code knows how to set them
+    again, which older code does not. Here parameters are built without memory and buffers on the CPU, even by code
+    that names a GPU.
+    """
+    own, kept = cls.__init__, []
+    loading = True
+
+    @functools.wraps(own)
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not loading:  # transformers copied the class, this method with it
+            own(self, *args, **kwargs)
+            return
+        with _NoGPU(), torch.device("cpu"), _empty_parameters():
+            own(self, *args, **kwargs)
+        for module in self.modules():
+            kept.extend((module, name, module._buffers[name]) for name in module._non_persistent_buffers_set)
+
+    cls.__init__ = build
+    try:
+        yield
+        for module, name, value in kept:
+            module._buffers[name] = value
+    finally:
+        cls.__init__ = own
+        loading = False
+        kept.clear()
+
+
+@contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """Give parameters no memory while a model is built; one that two modules share stays shared."""
+    own = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        own(module, name, parameter)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = own
+
+
+class _NoGPU(TorchFunctionMode):
+    """Make tensors on the CPU that are asked for on a GPU; the loaded model is moved later."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = {name: _off_gpu(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_off_gpu, args), **named)
+
+
+def _off_gpu(value: Any) -> Any:
+    is_gpu = isinstance(value, str | torch.device) and str(value).startswith("cuda")
+    return "cpu" if is_gpu else value

@@ -70,9 +70,9 @@ class Frame:
 
     slot: Slot
     compare: Compare
-    index: Int[Tensor, rows]  # row of the ledger: (slot, batch row, state)
-    sequence: Int[Tensor, rows]  # batch row
-    states: Int[Tensor, rows]
+    index: Int[Tensor, "rows"]  # row of the ledger: (slot, batch row, state)
+    sequence: Int[Tensor, "rows"]  # batch row
+    states: Int[Tensor, "rows"]
     _moved: dict[torch.device, Frame] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Frame:
@@ -251,7 +251,7 @@ class FreeClock(Clock):
         self.noise.append(torch.zeros(1, dtype=torch.long))
 
 
-def _noise_bin(states: Int[Tensor, "batch seq"]) -> Int[Tensor, batch]:
+def _noise_bin(states: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch"]:
     """Return the bin of the masked share of each row's canvas: all its tokens but prompt and padding."""
     masked = (states == TokenState.MASKED).sum(-1)
     canvas = ((states != TokenState.PROMPT) & (states != TokenState.PAD)).sum(-1)

@@ -29,8 +29,8 @@ class Where:
     layer: int
     site: str
     weight: Tensor | None
-    sequence: Int[Tensor, rows]
-    counted: Bool[Tensor, rows] | None
+    sequence: Int[Tensor, "rows"]
+    counted: Bool[Tensor, "rows"] | None
 
 
 class Rule(ABC):

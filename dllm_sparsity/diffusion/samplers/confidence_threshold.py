@@ -33,7 +33,7 @@ class ConfidenceThreshold(LowConfidence):
             )
 
     def select(
-        self, confidence: Float[Tensor, "batch seq"], rank: Int[Tensor, "batch seq"], num_commits: Int[Tensor, batch]
+        self, confidence: Float[Tensor, "batch seq"], rank: Int[Tensor, "batch seq"], num_commits: Int[Tensor, "batch"]
     ) -> Bool[Tensor, "batch seq"]:
         """Mark what reaches the threshold, and the surest position.
 

@@ -139,7 +139,7 @@ def nonfinite_rows(rows: Float[Tensor, "rows width"]) -> Bool[Tensor, "rows 1"]:
     return ~(low.isfinite() & high.isfinite())
 
 
-def count_true(mask: Bool[Tensor, "rows width"]) -> Int[Tensor, rows]:
+def count_true(mask: Bool[Tensor, "rows width"]) -> Int[Tensor, "rows"]:
     """Count the True entries of each row.
 
     Args:
@@ -161,7 +161,7 @@ def pack_bits(mask: Bool[Tensor, "rows width"]) -> UInt8[Tensor, "rows bytes"]:
     return (octets * worth).sum(-1, dtype=torch.uint8)
 
 
-def count_bits(packed: UInt8[Tensor, "rows bytes"]) -> Int[Tensor, rows]:
+def count_bits(packed: UInt8[Tensor, "rows bytes"]) -> Int[Tensor, "rows"]:
     """Count the bits that are set in each row.
 
     Args:
