@@ -26,7 +26,7 @@ def score(call: ModelCall, clock: Clock, targets: Sequence[Target], max_length: 
         pad_id: Id to pad with on the right, where a causal model cannot see it.
     """
     inputs = [(target.context + target.tokens)[-(max_length + 1) :][:-1] for target in targets]
-    rows = pad(inputs, pad_id, "right", call.device)
+    rows = pad(inputs, pad_id, "right", torch.device("cpu"))
     scored = [range(len(ids) - len(t.tokens), len(ids)) for ids, t in zip(inputs, targets, strict=True)]
     wanted = torch.zeros_like(rows.real)
     states = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
@@ -34,10 +34,10 @@ def score(call: ModelCall, clock: Clock, targets: Sequence[Target], max_length: 
         states[number, span.start + 1 : span.stop] = TokenState.COMMITTED
         wanted[number, span.start : span.stop] = True
     with clock.batch([target.item for target in targets]):
-        clock.tick(Slot(Phase.LIKELIHOOD), states)
+        clock.tick(Slot(Phase.LIKELIHOOD), states.to(call.device))
         # without a mask: padding on the right is out of sight, and unmasked attention is the faster kernel
-        unmasked = Rows(rows.ids, torch.ones_like(rows.real))
-        logits = call.at(unmasked, wanted).log_softmax(-1, dtype=torch.float32)
+        unmasked = Rows(rows.ids.to(call.device), torch.ones_like(rows.real, device=call.device))
+        logits = call.at(unmasked, wanted.to(call.device)).log_softmax(-1, dtype=torch.float32)
     tokens = torch.tensor([t for target, span in zip(targets, scored, strict=True) for t in target.tokens[-len(span) :]])
     found = logits.gather(-1, tokens.to(logits.device).unsqueeze(-1)).squeeze(-1)
     right = logits.argmax(-1) == tokens.to(logits.device)

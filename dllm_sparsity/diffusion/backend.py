@@ -151,14 +151,14 @@ class DiffusionBackend(SparsityLM):
     def _forward(self, targets: Sequence[Target], plans: list[MaskPlan], chunk: list[_Row]) -> list[float]:
         """Return the summed log-probability of the masked tokens of each row."""
         chosen = [targets[row.target] for row in chunk]
-        rows = pad([[*t.context, *t.tokens] for t in chosen], self.pad_id, "left", self.call.device)
-        width = rows.ids.shape[1]
-        hidden = torch.zeros_like(rows.real)
-        states = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
+        rows = pad([[*t.context, *t.tokens] for t in chosen], self.pad_id, "left", torch.device("cpu"))
+        hidden, scored = torch.zeros_like(rows.real), torch.zeros_like(rows.real)
         for number, (row, target) in enumerate(zip(chunk, chosen, strict=True)):
-            mask = torch.from_numpy(plans[row.target].masks[row.mask]).to(hidden.device)
-            hidden[number, width - len(target.tokens) :] = mask
-            states[number, width - len(target.tokens) :] = torch.where(mask, TokenState.MASKED, TokenState.COMMITTED)
+            hidden[number, -len(target.tokens) :] = torch.from_numpy(plans[row.target].masks[row.mask])
+            scored[number, -len(target.tokens) :] = True
+        rows, hidden, scored = rows.to(self.call.device), hidden.to(self.call.device), scored.to(self.call.device)
+        states = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
+        states = torch.where(scored, torch.where(hidden, TokenState.MASKED, TokenState.COMMITTED), states)
         asked = _shifted(hidden) if self.logits_shift else hidden
         noisy = rows.ids.masked_fill(hidden, self.mask_id)
         with self.clock.batch([target.item for target in chosen], 2):

@@ -27,6 +27,14 @@ class Rows:
     ids: Int[Tensor, "batch seq"]
     real: Bool[Tensor, "batch seq"]
 
+    def to(self, device: torch.device) -> Rows:
+        """Return the rows on another device.
+
+        Args:
+            device: Where they go.
+        """
+        return Rows(self.ids.to(device), self.real.to(device))
+
 
 def pad(rows: Sequence[Sequence[int]], fill: int, side: str, device: torch.device) -> Rows:
     """Pad rows of token ids to the longest of them.

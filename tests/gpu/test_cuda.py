@@ -1,0 +1,68 @@
+"""On a GPU: rules keep what they keep on the CPU, and both backends count the same."""
+
+import pytest
+import tiny
+import torch
+
+from autoregressive.backend import AutoregressiveBackend
+from dllm_sparsity import registry
+from dllm_sparsity.diffusion.backend import DiffusionBackend
+from dllm_sparsity.lm.base import Target
+from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
+from dllm_sparsity.sparsity.rule import Where
+from dllm_sparsity.sparsity.rules.top_p import TopP
+from dllm_sparsity.sparsity.sparsifier import sparsify
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("name", registry.names("rules"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 63, 1000, 14336])
+def test_rules_keep_the_same_on_both_devices(name, dtype, width):
+    rows = torch.nn.functional.silu(torch.randn(33, width)) * torch.randn(33, width)
+    rows[3], rows[4, ::2] = 0, 0
+    rows = rows.to(dtype)
+    rule = registry.get("rules", name)(0.7)
+    where = [Where(0, "input", None, torch.zeros(33, dtype=torch.long, device=d), None) for d in ("cpu", "cuda")]
+    here, there = rule.keep(rows, where[0]), rule.keep(rows.cuda(), where[1]).cpu()
+    different = (here != there).any(-1)
+    assert not different.any(), f"{int(different.sum())} rows differ"
+
+
+@pytest.mark.parametrize("paradigm", ["autoregressive", "diffusion"])
+def test_backends_count_the_same_on_both_devices(paradigm):
+    readings, scores = [], []
+    for device in ("cpu", "cuda"):
+        model = tiny.llama(paradigm == "autoregressive", forbid_mask=True).to(device)
+        cls = AutoregressiveBackend if paradigm == "autoregressive" else DiffusionBackend
+        lm = cls(model, tiny.tokenizer(), batch_size=4)
+        lm.check_greedy = False
+        targets = [Target(n, list(range(5, 9 + 3 * n)), list(range(20, 26))) for n in range(5)]
+        with sparsify(model, TopP(0.8), "all", clock=lm.clock) as tracker:
+            scores.append([score.loglikelihood for score in lm._score_all(targets)])
+            lm._generate([[10, 20, 30], [40, 50]], ["a", "b"], 6, [], {})
+        readings.append(tracker.read())
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    cpu, cuda = readings
+    for name in ("phase", "step", "token_state", "rows", "total"):
+        assert cpu[name] == cuda[name]
+    assert sum(cpu["kept"]) == pytest.approx(sum(cuda["kept"]), rel=1e-3)
+
+
+def test_a_forward_pass_does_not_wait_for_the_device():
+    model = tiny.llama(causal=False).cuda()
+    clock, ids = Clock(), torch.randint(5, 99, (2, 9), device="cuda")
+    states = torch.full((2, 9), TokenState.MASKED, device="cuda")
+    with sparsify(model, TopP(0.8), "all", clock=clock) as tracker, torch.no_grad():
+        for attempt in range(2):  # the first lets libraries set themselves up
+            clock.begin(["a", "b"], 2)
+            for step in range(2):
+                clock.tick(Slot(Phase.DENOISE, step=step), states, Compare.PREVIOUS if step else Compare.START)
+                torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+                try:
+                    model(input_ids=ids, use_cache=False)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            clock.end()
+    assert sum(tracker.read()["rows"]) == 2 * 2 * 18 * 2 * 2
