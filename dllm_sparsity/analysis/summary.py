@@ -172,5 +172,7 @@ def _notes(run: Run) -> list[str]:
 
 
 def _further_notes(run: Run) -> list[str]:
-    weighted = "achieved sparsity is weighted by neurons; at site all the wider intermediate site weighs more"
-    return [weighted, *dict.fromkeys(str(note) for cell in run.cells for note in cell.record["notes"])]
+    weighted = []
+    if any(cell.record["site"] == "all" for cell in run.cells):
+        weighted = ["at site all, achieved sparsity is weighted by neurons: the wider intermediate site weighs more"]
+    return [*weighted, *dict.fromkeys(str(note) for cell in run.cells for note in cell.record["notes"])]

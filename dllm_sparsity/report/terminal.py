@@ -13,6 +13,7 @@ from dllm_sparsity.analysis.headline import headline
 from dllm_sparsity.report import words
 
 _SHORT = {"autoregressive": "AR", "diffusion": "diffusion"}
+_UNITS = {"accuracy": "right", "nll": "NLL", "loglikelihood": "log-lik.", "agreement": "equal"}
 _STYLES = {"autoregressive": "blue", "diffusion": "dark_orange3"}
 
 
@@ -25,16 +26,19 @@ def render(summary: dict[str, Any]) -> Group:
     rows = headline(summary)
     kept = f"{100 * summary['default_retention']:g} %"
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", expand=False)
-    table.add_column("task, site", max_width=24, overflow="fold")
+    table.add_column("task", max_width=22, overflow="fold")
     table.add_column("", max_width=9, overflow="fold")
-    for name, width in (("dense", 13), (f"sparsity at {kept}", 21), ("tok/fwd", 7)):
+    for name, width in (("dense", 16), (f"sparsity at {kept}", 21), ("tok/fwd", 7)):
         table.add_column(name, justify="right", max_width=width, overflow="fold")
     several_rules = len({row["rule"] for row in rows}) > 1
-    previous = None
+    task = previous = None
     for row in rows:
         place = (row["task"], row["site"], row["rule"])
-        shown = ", ".join([row["task"], row["site"], *([row["rule"]] if several_rules else [])])
-        dense = words.quality(row["dense"], row["kind"]) + ("" if row["kind"] == "accuracy" else f" {row['quality']}")
+        if row["task"] != task:
+            table.add_row(_text(row["task"], style="bold"))
+            task = row["task"]
+        shown = "  " + ", ".join([row["site"], *([row["rule"]] if several_rules else [])])
+        dense = f"{words.quality(row['dense'], row['kind'])} {_UNITS.get(row['kind'], '')}".rstrip()
         table.add_row(
             _text("" if place == previous else shown),
             _text(str(_SHORT.get(row["paradigm"], row["paradigm"])), style=_STYLES.get(row["paradigm"], "")),
@@ -45,10 +49,11 @@ def render(summary: dict[str, Any]) -> Group:
         previous = place
     explained = (
         f"Sparsity in percent: the highest that keeps {kept} of the dense quality, with its 95 % interval;"
-        " \N{GREATER-THAN OR EQUAL TO} where no measured point fell below."
+        " \N{GREATER-THAN OR EQUAL TO} where no measured point fell below. NLL and log-lik. in nats per token."
     )
     reasons = dict.fromkeys(
         f"{row['task']}, {_SHORT.get(row['paradigm'], row['paradigm'])}: {row['reason']}"
+        + (": shown by NLL" if row["kind"] == "nll" else "")
         for row in rows
         if row["reason"]
     )
