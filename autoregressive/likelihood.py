@@ -38,7 +38,9 @@ def score(call: ModelCall, clock: Clock, targets: Sequence[Target], max_length: 
         # without a mask: padding on the right is out of sight, and unmasked attention is the faster kernel
         unmasked = Rows(rows.ids.to(call.device), torch.ones_like(rows.real, device=call.device))
         logits = call.at(unmasked, wanted.to(call.device)).log_softmax(-1, dtype=torch.float32)
-    tokens = torch.tensor([t for target, span in zip(targets, scored, strict=True) for t in target.tokens[-len(span) :]])
+    tokens = torch.tensor(
+        [t for target, span in zip(targets, scored, strict=True) for t in target.tokens[-len(span) :]]
+    )
     found = logits.gather(-1, tokens.to(logits.device).unsqueeze(-1)).squeeze(-1)
     right = logits.argmax(-1) == tokens.to(logits.device)
     lengths = [len(span) for span in scored]

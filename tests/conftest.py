@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from material import material, study  # noqa: F401 - fixtures
 import torch
+from material import material, study  # noqa: F401 - fixtures
 from tiny_families import VOCAB, tiny_model
 from torch import nn
 

@@ -25,7 +25,9 @@ def material(tmp_path_factory):
         "generation_kwargs: {until: [], max_gen_toks: 6, do_sample: false}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\nmetadata: {version: 1}\n"
     )
-    (folder / "own.txt").write_text("A first paragraph of text.\n\nA second one.\n\nAnd a third, longer than the others.\n")
+    (folder / "own.txt").write_text(
+        "A first paragraph of text.\n\nA second one.\n\nAnd a third, longer than the others.\n"
+    )
     return folder
 
 

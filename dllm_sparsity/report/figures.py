@@ -115,7 +115,7 @@ def heat_map(
         "y": list(y),
         "z": [rounded(row, 3) for row in z],
         "colorscale": "Cividis",
-        "colorbar": {"tickformat": ".0%", "thickness": 12, "outlinewidth": 0},
+        "colorbar": {"tickformat": ".3~p", "thickness": 12, "outlinewidth": 0},
         "hovertemplate": f"{x_title} %{{x}}<br>{y_title} %{{y}}<br>{value} %{{z:.1%}}<extra></extra>",
         "hoverongaps": False,
     }
@@ -206,7 +206,7 @@ def _errors(
 def _axis(title: str, percent: bool, ends: tuple[float, float] | None) -> dict[str, Any]:
     axis: dict[str, Any] = {"title": {"text": plain(title), "standoff": 6}, "automargin": True, "zeroline": False}
     if percent:
-        axis["tickformat"] = ".0%"
+        axis["tickformat"] = ".3~p"  # three digits: a narrow range must not repeat its labels
     if ends is not None:
         axis["range"] = list(ends)
     return axis

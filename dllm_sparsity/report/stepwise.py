@@ -38,7 +38,7 @@ def options_of(
                 label = source.label if source.site == site else f"{source.label}: {site}"
                 label = f"{source.task}: {label}" if source.task else label
                 # shown first: a generation task, near its critical sparsity, at the intermediate site
-                behind = (not source.phases & {"denoise", "decode"}) + 0.001 * (site != "intermediate")
+                behind = (not source.phases & {"denoise", "decode"}) + 0.2 * (site != "intermediate")
                 options.append(Option(label, made, source.group, source.distance + behind))
     return options
 

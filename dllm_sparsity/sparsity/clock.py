@@ -84,8 +84,8 @@ class Frame:
         if device == self.index.device:
             return self
         if device not in self._moved:
-            moved = [tensor.to(device) for tensor in (self.index, self.sequence, self.states)]
-            self._moved[device] = Frame(self.slot, self.compare, *moved)
+            index, sequence, states = (tensor.to(device) for tensor in (self.index, self.sequence, self.states))
+            self._moved[device] = Frame(self.slot, self.compare, index, sequence, states)
         return self._moved[device]
 
 

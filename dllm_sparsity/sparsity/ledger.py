@@ -185,7 +185,8 @@ class Ledger:
     def _item_sums(self) -> dict[Hashable, dict[str, tuple[int, int]]]:
         sites = list(dict.fromkeys(point.site for point in self.points))
         members = {site: [n for n, point in enumerate(self.points) if point.site == site] for site in sites}
-        return {
-            item: {site: tuple(int(n) for n in counts[members[site]].sum(axis=0)) for site in sites}
-            for item, counts in self._items.items()
-        }
+        summed: dict[Hashable, dict[str, tuple[int, int]]] = {}
+        for item, counts in self._items.items():
+            pairs = {site: counts[members[site]].sum(axis=0) for site in sites}
+            summed[item] = {site: (int(kept), int(total)) for site, (kept, total) in pairs.items()}
+        return summed

@@ -144,9 +144,13 @@ class Tracker:
         """Register the hook of one point and return its handle."""
         act = self._action(number, ffn, site, point)
         if point.side == "output":
-            return point.module.register_forward_hook(lambda module, args, output: act(output))
 
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            def after(module: nn.Module, args: Any, output: Any) -> Tensor:
+                return act(output)
+
+            return point.module.register_forward_hook(after)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
             if args:
                 return (act(args[0]), *args[1:]), kwargs
             name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
@@ -252,7 +256,8 @@ def _sequences(part: Tensor) -> Tensor:
 def _one_token(model: nn.Module) -> Tensor | None:
     """Return one token id where the model takes token ids, else None."""
     parameters = inspect.signature(model.forward).parameters
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if "input_ids" not in parameters or not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
+    find: Any = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find() if find is not None else None, "weight", None)
+    if "input_ids" not in parameters or not isinstance(weight, torch.Tensor):
         return None
-    return torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device)
+    return torch.zeros(1, 1, dtype=torch.long, device=weight.device)

@@ -114,10 +114,9 @@ def totals(samples: pa.Table) -> dict[str, Any]:
     Args:
         samples: The cell's samples.
     """
-    import pyarrow.compute as pc
 
     def total(name: str) -> Any:
-        return pc.sum(samples[name]).as_py()
+        return sum(value for value in samples[name].to_pylist() if value is not None)
 
     sites = {
         site: {"kept": total(f"kept_{site}"), "total": total(f"total_{site}")}

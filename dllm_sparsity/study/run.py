@@ -38,7 +38,7 @@ def run_cell(
     Raises:
         UserError: The task asks for what the backend cannot do, a site is missing, or the disk is full.
     """
-    import lm_eval
+    from lm_eval.evaluator import evaluate
 
     rule = None
     if cell.rule is not None and cell.strength is not None:
@@ -52,7 +52,7 @@ def run_cell(
     started = time.perf_counter()
     try:
         with sparsify(lm.model, rule, cell.sites, layers=layers, clock=lm.clock) as tracker:
-            results = lm_eval.evaluate(
+            results: Any = evaluate(
                 lm,
                 {"tasks": {task.name: task.task}},
                 limit=cell.task.limit,

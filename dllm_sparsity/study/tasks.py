@@ -65,9 +65,7 @@ def load_tasks(spec: TaskSpec, seed: int) -> list[LoadedTask]:
         task.set_fewshot_seed(seed=seed)
         documents = list(task.eval_docs)
         size = min(spec.limit or len(documents), len(documents))
-        loaded.append(
-            LoadedTask(name, task, _identity(name, task, documents[:size]), size, _cost(documents[:size]))
-        )
+        loaded.append(LoadedTask(name, task, _identity(name, task, documents[:size]), size, _cost(documents[:size])))
     return loaded
 
 

@@ -25,7 +25,11 @@ def run(monkeypatch, capsys, tmp_path):
 AR, DM = "{ar}", "{dm}"
 BAD = [
     (["--ar", "/no/such/folder", "--task", "easy_endings"], "no such folder", "check the path"),
-    (["--ar", "nobody/nothing", "--task", "easy_endings"], "is not on this machine and HF_HUB_OFFLINE is set", "local folder"),
+    (
+        ["--ar", "nobody/nothing", "--task", "easy_endings"],
+        "is not on this machine and HF_HUB_OFFLINE is set",
+        "local folder",
+    ),
     (["--ar", "bad id!", "--task", "easy_endings"], "neither a folder nor a hub id", "org/name"),
     (["--ar", AR, "--rule", "topp", "--strength", "0.9"], "unknown rule 'topp'; did you mean top_p?", "ls rules"),
     (["--ar", AR, "--site", "intermediat"], "did you mean intermediate?", "sites are"),
@@ -69,7 +73,10 @@ def test_two_lines(run, material, arguments, message, hint):
         ("just text", "holds no fields"),
         ("modles: []", "did you mean models?"),
         ("models: []\ntasks: []\nrules: []", "models"),
-        ("models: [{paradigm: ar, model: x}]\ntasks: [{name: a}]\nrules: [{name: top_p, strengths: [0.9]}]", "paradigm"),
+        (
+            "models: [{paradigm: ar, model: x}]\ntasks: [{name: a}]\nrules: [{name: top_p, strengths: [0.9]}]",
+            "paradigm",
+        ),
         (
             "models: [{paradigm: diffusion, model: x, mask: y}]\ntasks: [{name: a}]\n"
             "rules: [{name: top_p, strengths: [0.9]}]",
@@ -100,9 +107,8 @@ def test_an_unrelated_folder_is_not_written_into(run, material, tmp_path):
 
 
 def test_a_model_without_an_ffn_we_know(run, material, tmp_path, capsys):
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
     import tiny
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     config = Qwen3MoeConfig(**tiny.SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")

@@ -75,7 +75,9 @@ def test_strengths_order_sparsity_and_dense_has_none(finished):
     _, result = finished
     for curve in result.summary["curves"]:
         points = curve["points"]
-        achieved = [point["sparsity"]["value"] if isinstance(point["sparsity"], dict) else point["sparsity"] for point in points]
+        achieved = [
+            point["sparsity"]["value"] if isinstance(point["sparsity"], dict) else point["sparsity"] for point in points
+        ]
         assert achieved == sorted(achieved)
 
 
@@ -115,7 +117,9 @@ def test_resuming_gives_the_same_records(finished, tmp_path, monkeypatch):
     resumed = compare(study, tmp_path / "run")
     assert cells(resumed.path).keys() == cells(whole.path).keys()
     for name in cells(whole.path):
-        first, second = (pq.read_table(p.path / "cells" / name / "samples.parquet").drop(["seconds"]) for p in (whole, resumed))
+        first, second = (
+            pq.read_table(p.path / "cells" / name / "samples.parquet").drop(["seconds"]) for p in (whole, resumed)
+        )
         assert first.equals(second)
         first, second = (pq.read_table(p.path / "cells" / name / "steps.parquet") for p in (whole, resumed))
         assert first.equals(second)
@@ -139,14 +143,23 @@ def test_a_full_disk_loses_nothing(finished, tmp_path, monkeypatch):
 
 
 def test_sigint_and_sigterm_leave_sealed_cells(material, tmp_path, study):
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "rules": [{"name": "top_p", "strengths": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]}]}))
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({**study, "rules": [{"name": "top_p", "strengths": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]}]})
+    )
     command = [sys.executable, "-m", "dllm_sparsity.cli", "compare", "study.yaml", "--out", "run"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
+    }
     for number in (signal.SIGINT, signal.SIGTERM):
         sealed = len(list(tmp_path.glob("run/cells/*/DONE")))
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
         deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("run/cells/*/DONE"))) <= sealed and time.monotonic() < deadline and process.poll() is None:
+        while (
+            len(list(tmp_path.glob("run/cells/*/DONE"))) <= sealed
+            and time.monotonic() < deadline
+            and process.poll() is None
+        ):
             time.sleep(0.02)
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]

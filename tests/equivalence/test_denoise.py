@@ -113,9 +113,7 @@ def test_temperature_depends_on_the_seed_and_not_on_the_batch(model):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         clock, settings = Clock(), DenoiseSettings(8, temperature=1.0)
         with clock.batch(prompts, 8):
-            steps = denoise(
-                ModelCall(model), clock, prompts, settings, mask_id=MASK, pad_id=PAD, generators=generators
-            )
+            steps = denoise(ModelCall(model), clock, prompts, settings, mask_id=MASK, pad_id=PAD, generators=generators)
             return list(steps)[-1].canvas.tolist()
 
     together = run(PROMPTS, [1, 2, 3])

@@ -8,7 +8,14 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, OPT
 
 from autoregressive.backend import AutoregressiveBackend
 
-PAIRS = [("hello", " world"), ("", "xyz"), ("The quick brown", " fox jumps"), ("trailing ", "b"), ("q" * 70, "z" * 40), ("a", "b")]
+PAIRS = [
+    ("hello", " world"),
+    ("", "xyz"),
+    ("The quick brown", " fox jumps"),
+    ("trailing ", "b"),
+    ("q" * 70, "z" * 40),
+    ("a", "b"),
+]
 PROMPTS = ["hello", "The quick brown fox jumps over", "x", "0123456789" * 9]
 
 
@@ -32,7 +39,9 @@ def build(name):
 def both(request):
     model, tokenizer = build(request.param), tiny.tokenizer()
     arguments = {"batch_size": 3, "max_length": 100}
-    return AutoregressiveBackend(model, tokenizer, **arguments), HFLM(pretrained=model, tokenizer=tokenizer, **arguments)
+    return AutoregressiveBackend(model, tokenizer, **arguments), HFLM(
+        pretrained=model, tokenizer=tokenizer, **arguments
+    )
 
 
 def requests(kind, arguments):

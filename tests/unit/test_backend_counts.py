@@ -59,14 +59,18 @@ def test_batch_split_changes_no_count(paradigm, kind):
 
 
 def rows_of(reading, **only):
-    chosen = (row for row in range(len(reading["rows"])) if all(reading[name][row] == value for name, value in only.items()))
+    chosen = (
+        row for row in range(len(reading["rows"])) if all(reading[name][row] == value for name, value in only.items())
+    )
     return sum(reading["rows"][row] for row in chosen if reading["layer"][row] == 0 and reading["site"][row] == "input")
 
 
 def test_prefill_and_decode_are_counted_apart():
     _, reading = counts("autoregressive", 4, "generation")
     assert rows_of(reading, phase="prefill", token_state="prompt") == sum(map(len, PROMPTS))
-    decoded = rows_of(reading, phase="decode", token_state="committed_now") + rows_of(reading, phase="decode", token_state="after_eos")
+    decoded = rows_of(reading, phase="decode", token_state="committed_now") + rows_of(
+        reading, phase="decode", token_state="after_eos"
+    )
     assert decoded == 7 * len(PROMPTS)  # the first token comes out of the prefill, the last is never read
 
 
@@ -104,7 +108,7 @@ def test_guidance_is_its_own_branch():
         lm.generate_until(requests("generate_until", [("hello", {"until": [], "max_gen_toks": 8})]))
     reading = tracker.read()
     assert set(reading["branch"]) == {"cond", "uncond"}
-    (kept, total), = (value["intermediate"] for value in reading.per_item.values())
+    ((kept, total),) = (value["intermediate"] for value in reading.per_item.values())
     assert total == 8 * (5 + 8) * 64 * 2 or lm.log[("task", 0)].new_tokens < 8
     assert lm.log[("task", 0)].nfe == 16
     assert kept < total

@@ -71,7 +71,11 @@ def test_the_loop_gets_the_same_answer_when_only_counted(model):
 def test_padding_and_the_end_token_are_told_apart(model):
     with observe(model, tiny.MASK, pad_token_id=tiny.PAD, eos_token_id=tiny.EOS) as clock:
         with sparsify(model, None, clock=clock) as tracker, torch.no_grad():
-            for canvas in ([tiny.PAD, 9, tiny.MASK, tiny.MASK], [tiny.PAD, 9, tiny.EOS, tiny.MASK], [tiny.PAD, 9, tiny.EOS, 7]):
+            for canvas in (
+                [tiny.PAD, 9, tiny.MASK, tiny.MASK],
+                [tiny.PAD, 9, tiny.EOS, tiny.MASK],
+                [tiny.PAD, 9, tiny.EOS, 7],
+            ):
                 model(torch.tensor([canvas]))
     states = rows_of_states(tracker.read())
     assert states["pad"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from markupsafe import Markup
@@ -34,7 +35,7 @@ class Overlap(Section):
             data: What the page is made from.
         """
         options = [
-            option
+            replace(option, distance=option.distance + 10 * shifted)
             for shifted in (False, True)
             for option in options_of(data, lambda source, shifted=shifted: source.shifted == shifted, _charts)
         ]

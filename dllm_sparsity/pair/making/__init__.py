@@ -1,0 +1,1 @@
+"""The side room for the code that made the embedded pair; nothing here runs when the pair is used."""

@@ -1,0 +1,108 @@
+"""Every embedded task loads through lm-eval, and its items are what the task file promises."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dllm_sparsity.pair import folder
+from dllm_sparsity.pair.reference import reference_loglikelihood
+from dllm_sparsity.tasks import FOLDER
+from dllm_sparsity.tasks.utils import build_items, choose_per_token
+
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+FEWEST = {"easy_endings": 1000, "piqa_local": 1000, "heldout_text": 1000, "heldout_continuation": 200}
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Mapping[str, Any]:
+    """Load all embedded tasks the way a study does."""
+    manager = lm_eval_tasks.TaskManager(include_path=str(FOLDER), include_defaults=False)
+    return manager.load(NAMES)["tasks"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Load the pair's tokenizer."""
+    return AutoTokenizer.from_pretrained(folder("autoregressive"), local_files_only=True)
+
+
+def items(name: str) -> list[dict[str, Any]]:
+    """Read the items of a task without lm-eval."""
+    return list(build_items(name)["test"])
+
+
+def test_the_four_tasks_are_there() -> None:
+    assert set(FEWEST) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_task_has_version_and_enough_documents(name: str, tasks: Mapping[str, Any]) -> None:
+    task = tasks[name]
+    assert task.VERSION == 1.0
+    assert len(list(task.test_docs())) >= FEWEST[name]
+
+
+@pytest.mark.parametrize("name", ["easy_endings", "piqa_local"])
+def test_choice_requests_hold_query_and_choices(name: str, tasks: Mapping[str, Any]) -> None:
+    task = tasks[name]
+    task.build_all_requests(limit=2, rank=0, world_size=1)
+    doc = next(iter(task.test_docs()))
+    arguments = [request.args for request in task.instances if request.doc_id == 0]
+    assert arguments == [(doc["query"], f" {choice}") for choice in doc["choices"]]
+
+
+@pytest.mark.parametrize(("name", "num_choices"), [("easy_endings", 4), ("piqa_local", 2)])
+def test_token_counts_are_those_of_the_scored_choices(
+    name: str, num_choices: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for doc in items(name)[:200]:
+        context = tokenizer.encode(doc["query"])
+        wholes = [tokenizer.encode(f"{doc['query']} {choice}") for choice in doc["choices"]]
+        assert len(set(doc["choices"])) == num_choices
+        assert [len(whole) - len(context) for whole in wholes] == doc["tokens"]
+        assert max(map(len, wholes)) <= 120
+
+
+@pytest.mark.parametrize("name", ["easy_endings", "piqa_local"])
+def test_items_are_distinct_and_gold_is_spread(name: str) -> None:
+    docs = items(name)
+    assert len({(doc["query"], *doc["choices"]) for doc in docs}) == len(docs)
+    num_choices = len(docs[0]["choices"])
+    for place in range(num_choices):
+        share = sum(doc["gold"] == place for doc in docs) / len(docs)
+        assert share == pytest.approx(1 / num_choices, abs=0.05)
+
+
+def test_held_out_texts_have_64_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert {len(tokenizer.encode(doc["text"])) for doc in items("heldout_text")} == {64}
+
+
+def test_continuations_have_32_and_32_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    for doc in items("heldout_continuation"):
+        assert len(tokenizer.encode(doc["prompt"])) == 32
+        assert len(tokenizer.encode(doc["prompt"] + doc["reference"])) == 64
+
+
+def test_continuation_request_has_no_stop_strings(tasks: Mapping[str, Any]) -> None:
+    task = tasks["heldout_continuation"]
+    task.build_all_requests(limit=1, rank=0, world_size=1)
+    _, generation = task.instances[0].args
+    assert generation["until"] == []
+    assert generation["max_gen_toks"] == 32
+
+
+def test_per_token_choice_differs_from_the_sum() -> None:
+    doc = {"gold": 1, "tokens": [1, 4]}
+    assert choose_per_token(doc, [(-2.0, False), (-4.0, False)]) == {"acc_token": 1.0, "acc": 0.0}
+
+
+def test_reference_prefers_the_true_continuation() -> None:
+    docs = items("heldout_continuation")[:8]
+    true = [reference_loglikelihood(doc["prompt"], doc["reference"]) for doc in docs]
+    other = [reference_loglikelihood(a["prompt"], b["reference"]) for a, b in zip(docs, docs[::-1], strict=True)]
+    assert sum(true) > sum(other)
+    assert math.isfinite(reference_loglikelihood(docs[0]["prompt"], ""))
