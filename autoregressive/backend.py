@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Hashable, Sequence
 from typing import Any
-
-import torch
 
 from autoregressive.decode import Sampling, decode
 from autoregressive.likelihood import score
@@ -59,10 +56,16 @@ class AutoregressiveBackend(SparsityLM):
         return score(self.call, self.clock, targets, self.max_length, self.pad_id)
 
     def _generate(
-        self, prompts: list[list[int]], items: list[Hashable], length: int, until: list[str], options: dict[str, Any]
+        self,
+        prompts: list[list[int]],
+        items: list[Hashable],
+        draws: list[Hashable],
+        length: int,
+        until: list[str],
+        options: dict[str, Any],
     ) -> list[Generation]:
         sampling = _sampling(options)
-        generators = [self._generator(item) for item in items]
+        generators = [self._generator(draw) for draw in draws]
         answers: list[list[int]] = [[] for _ in prompts]
         stopped = [False] * len(prompts)
         counts = [0] * len(prompts)
@@ -95,9 +98,6 @@ class AutoregressiveBackend(SparsityLM):
             return False
         tail = self.tokenizer.decode(answer[-(max(map(len, until)) + 8) :], skip_special_tokens=True)
         return any(stop in tail for stop in until)
-
-    def _generator(self, item: Hashable) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(repr((self.seed, item)).encode()))
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

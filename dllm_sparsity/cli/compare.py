@@ -30,8 +30,8 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--task", multiple=True, metavar="NAME", help="lm-eval task, by name or YAML file. Repeatable.")
 @click.option("--text", multiple=True, metavar="FILE", help="Likelihood on a text of your own. Repeatable.")
 @click.option("--site", multiple=True, metavar="SITE", help="input, gate, up, intermediate or all. Repeatable.")
-@click.option("--rule", metavar="NAME", help="Sparsification rule; top_p when not given.")
-@click.option("--strength", multiple=True, type=float, metavar="X", help="The rule's main parameter. Repeatable.")
+@click.option("--rule", multiple=True, metavar="NAME", help="Sparsification rule; top_p when not given. Repeatable.")
+@click.option("--strength", multiple=True, type=float, metavar="X", help="Main parameter of each rule. Repeatable.")
 @click.option("--mask-token", metavar="TOKEN", help="Mask token or its id, where the tokenizer names none.")
 @click.option("--logits-shift", is_flag=True, default=None, help="Logits of i - 1 predict position i (Dream).")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps over the canvas; one a token when not given.")
@@ -41,8 +41,10 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--mc", callback=_mc, metavar="K", help="Monte-Carlo draws of the diffusion likelihood, or exact.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="float32 when not given.")
 @click.option("--batch-size", type=click.IntRange(1), help="Sequences in one forward pass.")
-@click.option("--revision", help="Revision of the models on the hub.")
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Let code that comes with the models run.")
+@click.option("--revision", help="Revision of all models named here.")
+@click.option(
+    "--trust-remote-code", is_flag=True, default=None, help="Let code that comes with the models named here run."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory; runs/<name> when not given.")
 @click.option("--limit", type=click.IntRange(1), help="Items of each task.")
 @click.option("--device", help="cpu, cuda, cuda:0; a GPU where there is one when not given.")
@@ -95,13 +97,19 @@ def _study(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     study["rules"] = _rules(study["rules"], given)
     if config is None and clash:
         names = [model.get("label") or model["model"].rstrip("/").rsplit("/", 1)[-1] for model in study["models"]]
-        study["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", "-vs-".join(names)).strip("-.")[:80] or "study"
+        study["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", "-vs-".join(names)).strip("-._")[:80] or "study"
     return study
 
 
 def _models(models: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
     named = [{"paradigm": "autoregressive", "model": model} for model in given.get("ar", ())]
     named += [{"paradigm": "diffusion", "model": model} for model in given.get("diffusion", ())]
+    idle = [name for name in _DIFFUSION_OPTIONS if name in given]
+    if idle and not any(model["paradigm"] == "diffusion" for model in named or models):
+        option = idle[0].replace("_", "-")
+        raise UserError(
+            f"--{option} is for diffusion models, and none is given", "add --diffusion MODEL, or leave it out"
+        )
     return [
         {
             **model,
@@ -121,10 +129,11 @@ def _tasks(tasks: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str,
 
 
 def _rules(rules: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
-    name = given.get("rule", "top_p")
+    names = given.get("rule") or ("top_p",)
     if not {"rule", "site", "strength"} & set(given):
         return rules
-    if "strength" not in given and name != "top_p":
-        raise UserError(f"no strength given for rule {name}", "add --strength X, once for each value")
+    if "strength" not in given and names != ("top_p",):
+        raise UserError(f"no strength given for rule {names[0]}", "add --strength X, once for each value")
     strengths = given.get("strength") or tuple(rules[0]["strengths"])
-    return [{"name": name, "strengths": strengths, "sites": given.get("site") or ("input", "intermediate")}]
+    sites = given.get("site") or ("input", "intermediate")
+    return [{"name": name, "strengths": strengths, "sites": sites} for name in names]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dllm_sparsity.diffusion.denoise import DenoiseSettings, denoise, guided
+from dllm_sparsity.diffusion.denoise import DenoiseSettings, denoise, ended, guided
 from dllm_sparsity.diffusion.likelihood import MAX_EXACT, MaskPlan, exact, monte_carlo, target_seed
 from dllm_sparsity.diffusion.sampler import Sampler
 from dllm_sparsity.diffusion.samplers.low_confidence import LowConfidence
+from dllm_sparsity.diffusion.tokens import closing_tokens, find_mask_id, up_to
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.base import Generation, Score, SparsityLM, Target
 from dllm_sparsity.lm.call import Rows, pad
@@ -73,6 +73,7 @@ class DiffusionBackend(SparsityLM):
             raise UserError(f"{mc!r} is no number of Monte-Carlo draws", "give 1 or more, or exact for short targets")
         self.mc, self.logits_shift, self.cfg_scale = mc, logits_shift, cfg_scale
         self.mask_id = find_mask_id(model, tokenizer, mask_token)
+        self._closing = closing_tokens(tokenizer)
         self.denoising: dict[str, Any] = {
             "steps": steps,
             "block_length": block_length,
@@ -101,6 +102,18 @@ class DiffusionBackend(SparsityLM):
     def estimator(self) -> str:
         """How likelihoods are estimated."""
         return "bound, all masks" if self.mc == "exact" else f"bound, K={self.mc} stratified masks"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Turn text into token ids, without the closing tokens that tokenizers of masked LMs add.
+
+        Args:
+            string: The text.
+            add_special_tokens: As in transformers; None leaves it to the tokenizer.
+            kwargs: Ignored.
+        """
+        ids = super().tok_encode(string, add_special_tokens, **kwargs)
+        closing = self._closing if add_special_tokens is not False else 0
+        return ids[: len(ids) - closing]
 
     @property
     def _window(self) -> int:
@@ -196,7 +209,13 @@ class DiffusionBackend(SparsityLM):
         return result
 
     def _generate(
-        self, prompts: list[list[int]], items: list[Hashable], length: int, until: list[str], options: dict[str, Any]
+        self,
+        prompts: list[list[int]],
+        items: list[Hashable],
+        draws: list[Hashable],
+        length: int,
+        until: list[str],
+        options: dict[str, Any],
     ) -> list[Generation]:
         unknown = sorted(set(options) - _OPTIONS)
         if unknown or options.get("top_k") or (options.get("top_p") or 1.0) < 1.0:
@@ -204,9 +223,9 @@ class DiffusionBackend(SparsityLM):
                 f"generation arguments not supported by denoising: {', '.join(unknown) or 'top_k, top_p'}",
                 "the task may use: do_sample, temperature",
             )
-        sampled = {"temperature": options["temperature"]} if options.get("do_sample") else {}
+        sampled = {"temperature": options.get("temperature") or 1.0} if options.get("do_sample") else {}
         settings = DenoiseSettings(length, **{**self.denoising, **sampled})
-        generators = [torch.Generator().manual_seed(zlib.crc32(repr((self.seed, item)).encode())) for item in items]
+        generators = [self._generator(draw) for draw in draws]
         nfe = torch.zeros(len(prompts), dtype=torch.long)
         canvas = torch.full((len(prompts), length), self.mask_id)
         with self.clock.batch(items, settings.max_forwards):
@@ -222,17 +241,9 @@ class DiffusionBackend(SparsityLM):
             ):
                 nfe += step.active.cpu()
                 canvas = step.canvas
-                if self._all_ended(canvas, (step.block + 1) * settings.block):
+                if ended(canvas, self.mask_id, self.eot_token_id).all():
                     break
         return [self._cut(row, int(count), until) for row, count in zip(canvas.tolist(), nfe, strict=True)]
-
-    def _all_ended(self, canvas: torch.Tensor, stop: int) -> bool:
-        """Tell whether every row has an end token with nothing masked before it; what follows is cut off anyway."""
-        if self.eot_token_id is None:
-            return False
-        seen = canvas[:, :stop]
-        ended = (seen == self.eot_token_id).long().cumsum(-1) > 0
-        return bool((ended.any(-1) & ~((seen == self.mask_id) & ~ended).any(-1)).all())
 
     def _cut(self, tokens: list[int], nfe: int, until: list[str]) -> Generation:
         if self.eot_token_id in tokens:
@@ -243,35 +254,9 @@ class DiffusionBackend(SparsityLM):
         for stop in until:
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             if stop in text:
-                tokens = _up_to(self.tokenizer, tokens, stop)
+                tokens = up_to(self.tokenizer, tokens, stop)
                 new_tokens = len(tokens)
         return Generation(tokens, new_tokens, nfe)
-
-
-def find_mask_id(model: Any, tokenizer: Any, given: str | int | None) -> int:
-    """Return the id of the mask token.
-
-    Args:
-        model: The model; its config is asked last.
-        tokenizer: Its tokenizer.
-        given: What the user said: a token or an id.
-
-    Raises:
-        UserError: There is none, or what was given is not in the vocabulary.
-    """
-    size = model.get_input_embeddings().weight.shape[0]
-    if given is not None:
-        text = str(given)
-        found = int(text) if text.isdecimal() else tokenizer.convert_tokens_to_ids(text)
-        if found is None or not 0 <= found < size or (found == tokenizer.unk_token_id and text != tokenizer.unk_token):
-            raise UserError(
-                f"mask token {given!r} is not in the vocabulary", "give a token of the tokenizer, or its id"
-            )
-        return found
-    for found in (tokenizer.mask_token_id, getattr(model.config, "mask_token_id", None)):
-        if found is not None:
-            return int(found)
-    raise UserError("neither tokenizer nor config names a mask token", "give it with --mask-token TOKEN")
 
 
 def _fit(context: list[int], room: int) -> list[int]:
@@ -285,11 +270,3 @@ def _shifted(hidden: torch.Tensor) -> torch.Tensor:
     if hidden[:, 0].any():
         raise UserError("a target without context has no position that predicts its first token", "give a context")
     return before
-
-
-def _up_to(tokenizer: Any, tokens: list[int], stop: str) -> list[int]:
-    """Return the shortest prefix of the tokens whose text holds the stop string."""
-    for end in range(1, len(tokens) + 1):
-        if stop in tokenizer.decode(tokens[:end], skip_special_tokens=True):
-            return tokens[:end]
-    return tokens

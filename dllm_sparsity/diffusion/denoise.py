@@ -94,7 +94,7 @@ class DenoiseStep:
         step: Denoising step, counted over the whole canvas.
         canvas: Token ids after this forward pass, prompt cut off.
         committed: Positions that this forward pass committed.
-        active: Rows that had something masked before it.
+        active: Rows that had something masked in this block before it, and whose text was not finished.
     """
 
     branch: str
@@ -136,18 +136,19 @@ def denoise(
     ids, start = rows.ids, rows.ids.shape[1] - settings.max_new_tokens
     draw = Draw(settings.temperature, generators or [torch.Generator().manual_seed(row) for row in range(len(prompts))])
     fixed = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
-    now = torch.zeros_like(ids[:, start:], dtype=torch.bool)  # committed by the step before
-    step = 0
+    now = torch.zeros_like(ids[:, start:], dtype=torch.bool)  # committed by the row's step before
+    compare = Compare.START
     for block in range(settings.blocks):
         left, right = start + block * settings.block, start + (block + 1) * settings.block
         schedule = _schedule((ids[:, left:right] == mask_id).sum(-1), settings.steps_per_block)
         for turn in range(settings.steps_per_block):
             masked = ids[:, left:right] == mask_id
+            active = masked.any(-1) & ~ended(ids[:, start:], mask_id, eos_id)
             if not masked.any():  # the one look at the device of each step, between forward passes
                 break
+            step = block * settings.steps_per_block + turn  # the same for a row alone and in any batch
             states = torch.cat([fixed[:, :start], _states(ids[:, start:], now, mask_id, eos_id)], dim=1)
-            active = states[:, start:].eq(TokenState.MASKED).any(-1)
-            compare = Compare.PREVIOUS if step else Compare.START
+            states = states.masked_fill(~active.unsqueeze(-1), TokenState.PAD)  # a row that only waits is not counted
             clock.tick(Slot(Phase.DENOISE, "cond", block, step), states, compare)
             logits = block_logits(call, rows, left, right, settings.logits_shift)
             if settings.cfg_scale:
@@ -158,11 +159,12 @@ def denoise(
                 logits = guided(logits, free, settings.cfg_scale)
             tokens, commit = settings.sampler.commit(logits, masked, schedule[:, turn], draw)
             ids[:, left:right] = torch.where(commit, tokens, ids[:, left:right])
-            now = torch.zeros_like(now)
-            now[:, left - start : right - start] = commit
+            fresh = torch.zeros_like(now)
+            fresh[:, left - start : right - start] = commit
+            now = torch.where(active.unsqueeze(-1), fresh, now)
             branch = "uncond" if settings.cfg_scale else "cond"
-            yield DenoiseStep(branch, block, step, ids[:, start:].clone(), now, active)
-            step += 1
+            yield DenoiseStep(branch, block, step, ids[:, start:].clone(), fresh, active)
+            compare = Compare.PREVIOUS
 
 
 def block_logits(call: ModelCall, rows: Rows, left: int, right: int, shift: bool) -> Float[Tensor, "batch block vocab"]:
@@ -196,6 +198,20 @@ def _schedule(masked: Int[Tensor, "batch"], steps: int) -> Int[Tensor, "batch st
     """Spread commits evenly over the steps; the first steps take the remainder."""
     turn = torch.arange(steps, device=masked.device)
     return (masked // steps).unsqueeze(-1) + (turn < (masked % steps).unsqueeze(-1)).long()
+
+
+def ended(canvas: Tensor, mask_id: int, eos_id: int | None) -> Bool[Tensor, "batch"]:
+    """Tell which rows have an end token with nothing masked before it: what follows is cut off anyway.
+
+    Args:
+        canvas: Token ids, prompt cut off.
+        mask_id: Id of the mask token.
+        eos_id: Id of the end token; None where there is none.
+    """
+    if eos_id is None:
+        return torch.zeros(len(canvas), dtype=torch.bool, device=canvas.device)
+    after = (canvas == eos_id).long().cumsum(-1) > 0
+    return after.any(-1) & ~((canvas == mask_id) & ~after).any(-1)
 
 
 def _states(canvas: Tensor, now: Tensor, mask_id: int, eos_id: int | None) -> Tensor:

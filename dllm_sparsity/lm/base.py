@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
@@ -17,48 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.call import ModelCall
+from dllm_sparsity.lm.items import Generation, ItemLog, Score, Target
 from dllm_sparsity.sparsity.clock import Clock
-
-
-@dataclass(frozen=True)
-class Target:
-    """Tokens to score in their context."""
-
-    item: Hashable
-    context: list[int]
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class Score:
-    """What scoring a target gave: nats, a Monte-Carlo standard error (0 where exact), and forward passes."""
-
-    loglikelihood: float
-    is_greedy: bool
-    error: float
-    nfe: int
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Generated token ids up to the stop, how many were generated with it, and forward passes until then."""
-
-    tokens: list[int]
-    new_tokens: int
-    nfe: int
-
-
-@dataclass
-class ItemLog:
-    """What is known about one item when its task has run; lists are in the order of its requests."""
-
-    loglikelihoods: list[float] = field(default_factory=list)
-    errors: list[float] = field(default_factory=list)
-    target_tokens: list[int] = field(default_factory=list)
-    answer_tokens: list[int] = field(default_factory=list)
-    nfe: int = 0
-    new_tokens: int = 0
-    seconds: float = 0.0
 
 
 class SparsityLM(TemplateLM):
@@ -87,17 +49,18 @@ class SparsityLM(TemplateLM):
         """Called with (requests done, requests in all) after each batch."""
         self.max_length = max_length or _max_length(model, tokenizer)
         self.max_gen_toks = 256
-        self._items: list[Hashable] = []
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the end-of-text token."""
-        return self.tokenizer.eos_token_id
+        """Id of the end-of-text token; of the separator where a masked LM has no other."""
+        end = self.tokenizer.eos_token_id
+        return end if end is not None else self.tokenizer.sep_token_id
 
     @property
     def prefix_token_id(self) -> int:
         """Id that stands before a text without context."""
-        return self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.eot_token_id
+        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.cls_token_id)
+        return next((token for token in known if token is not None), self.pad_id)
 
     @property
     def pad_id(self) -> int:
@@ -117,6 +80,8 @@ class SparsityLM(TemplateLM):
             chat_history: Messages with `role` and `content`.
             add_generation_prompt: Whether the assistant speaks next; otherwise the last message is continued.
         """
+        if not self.tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template", "turn chat_template off for this model")
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -144,17 +109,25 @@ class SparsityLM(TemplateLM):
             requests: `(context, continuation)` each.
             disable_tqdm: Ignored; `progress` reports.
         """
-        self._items = [_item(request) for request in requests]
-        return super().loglikelihood(requests, disable_tqdm=True)
+        targets = [Target(_item(request), *self._encode(*request.args)) for request in requests]
+        return [(score.loglikelihood, score.is_greedy) for score in self._score_all(targets)]
+
+    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of both as lm-eval splits them; a text without context follows the prefix token."""
+        if not continuation:
+            return self.tok_encode(context), []
+        if context:
+            before, after = self._encode_pair(context, continuation)
+            return before or [self.prefix_token_id], after
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        if tokens[:1] == [self.prefix_token_id]:
+            return tokens[:1], tokens[1:]
+        return [self.prefix_token_id], tokens
 
     def _loglikelihood_tokens(self, requests: list[tuple], **kwargs: Any) -> list[tuple[float, bool]]:
-        items = self._items if len(self._items) == len(requests) else list(range(len(requests)))
-        targets = [
-            Target(item, list(context), list(tokens))
-            for item, (_, context, tokens) in zip(items, requests, strict=True)
-        ]
-        scores = self._score_all(targets)
-        return [(score.loglikelihood, score.is_greedy) for score in scores]
+        """Score pairs that are tokens already; lm-eval asks models for it."""
+        targets = [Target(number, list(context), list(tokens)) for number, (_, context, tokens) in enumerate(requests)]
+        return [(score.loglikelihood, score.is_greedy) for score in self._score_all(targets)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts in windows of the model's length; see lm-eval.
@@ -169,6 +142,9 @@ class SparsityLM(TemplateLM):
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self._window, context_len=1)
             for context, target in map(make_disjoint_window, windows):
                 targets.append(Target(_item(request), list(context), list(target)))
+                owners.append(number)
+            if not tokens:  # an empty text is an item too
+                targets.append(Target(_item(request), [self.prefix_token_id], []))
                 owners.append(number)
         with self._without_greedy():
             scores = self._score_all(targets, merge=True)
@@ -195,6 +171,13 @@ class SparsityLM(TemplateLM):
             range(len(targets)), key=lambda n: (-len(targets[n].context) - len(targets[n].tokens), targets[n].tokens)
         )
         scores: dict[int, Score] = {}
+        for number, target in enumerate(targets):
+            if len(target.tokens) > self.max_length:
+                size = f"{len(target.tokens)} tokens, the model takes {self.max_length}"
+                raise UserError(f"{target.item}: a target longer than the model: {size}", "leave it out of the task")
+            if not target.tokens:
+                scores[number] = Score(0.0, True, 0.0, 0)
+        order = [number for number in order if number not in scores]
         for numbers in self._batches(order, targets):
             started = time.perf_counter()
             for number, score in zip(numbers, self._score([targets[n] for n in numbers]), strict=True):
@@ -232,7 +215,12 @@ class SparsityLM(TemplateLM):
         Raises:
             UserError: The canvas is longer than the model, or an argument is not supported.
         """
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        seen: Counter[Hashable] = Counter()
+        draws = []
+        for request in requests:  # a task with repeats asks for the same item several times
+            draws.append((_item(request), seen[_item(request)]))
+            seen[_item(request)] += 1
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
@@ -250,7 +238,8 @@ class SparsityLM(TemplateLM):
                 chunk = numbers[start : start + self.batch_size]
                 items = [_item(requests[n]) for n in chunk]
                 started = time.perf_counter()
-                done = self._generate([prompts[n][-room:] for n in chunk], items, length, until, options)
+                own = [draws[n] for n in chunk]
+                done = self._generate([prompts[n][-room:] for n in chunk], items, own, length, until, options)
                 spent = (time.perf_counter() - started) / len(chunk)
                 for number, item, generation in zip(chunk, items, done, strict=True):
                     texts[number] = self._log_generation(item, generation, until, spent)
@@ -275,9 +264,18 @@ class SparsityLM(TemplateLM):
 
     @abstractmethod
     def _generate(
-        self, prompts: list[list[int]], items: list[Hashable], length: int, until: list[str], options: dict[str, Any]
+        self,
+        prompts: list[list[int]],
+        items: list[Hashable],
+        draws: list[Hashable],
+        length: int,
+        until: list[str],
+        options: dict[str, Any],
     ) -> list[Generation]:
-        """Generate for one batch of prompts."""
+        """Generate for one batch of prompts; `draws` names the randomness of each."""
+
+    def _generator(self, draw: Hashable) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(repr((self.seed, draw)).encode()))
 
 
 def _item(request: Instance) -> Hashable:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dllm_sparsity.sparsity.metric import Metric
 
 _STATES = len(TokenState)
+_FIRST_SLOTS = 64  # a loop may end long before its longest run; tick makes more room
 _UNCOUNTED = (TokenState.PAD, TokenState.AFTER_EOS)
 
 
@@ -56,7 +57,8 @@ class Ledger:
             clock: The clock that starts it.
         """
         self._batch = len(clock.items)
-        self._tables = [self._empty(point, clock.capacity) for point in self.points]
+        slots = min(clock.capacity, _FIRST_SLOTS)
+        self._tables = [self._empty(point, slots) for point in self.points]
         for metric in self.metrics:
             metric.begin()
 

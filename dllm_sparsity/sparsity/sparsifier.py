@@ -103,16 +103,20 @@ class Tracker:
             for number, (ffn, site) in enumerate(self._points):
                 self._handles.append(self._attach(number, ffn, site, ffn.points[site]))
             self._dry_run()
+            self._listen()
         except BaseException:
             self._detach()
             raise
+        return self
+
+    def _listen(self) -> None:
+        """Let the clock drive the ledger."""
         if self.clock.items and not isinstance(self.clock, FreeClock):  # a request batch is open already
             self.ledger.begin(self.clock)
             self.ledger.tick(self.clock)
         self.clock.listeners.append(self.ledger)
         if isinstance(self.clock, FreeClock):
             self.clock.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -12,11 +12,12 @@ import pyarrow as pa
 from dllm_sparsity.study.records import PRIMITIVE_SITES, Quality, samples_schema, steps_schema
 
 
-def sample_table(task: str, samples: list[dict], log: dict, per_item: dict) -> pa.Table:
+def sample_table(task: Any, name: str, samples: list[dict], log: dict, per_item: dict) -> pa.Table:
     """Return samples.parquet of a cell; of several filters the first is kept.
 
     Args:
-        task: lm-eval's name of the task.
+        task: lm-eval's object.
+        name: Its name.
         samples: lm-eval's logged samples.
         log: Item -> what the backend logged.
         per_item: Item -> site -> (kept, total).
@@ -26,15 +27,15 @@ def sample_table(task: str, samples: list[dict], log: dict, per_item: dict) -> p
     for sample in samples:
         if sample["filter"] != first:
             continue
-        entry, counts = log[(task, sample["doc_id"])], per_item.get((task, sample["doc_id"]), {})
-        metrics = {name: value for name in sample["metrics"] if (value := _number(sample[name])) is not None}
+        entry, counts = log[(name, sample["doc_id"])], per_item.get((name, sample["doc_id"]), {})
+        metrics = {key: value for key in sample["metrics"] if (value := _number(sample[key])) is not None}
         row = {
-            "task": task,
+            "task": name,
             "doc_id": sample["doc_id"],
             "doc_hash": sample["doc_hash"],
             "prompt_hash": sample["prompt_hash"],
             "filter": sample["filter"],
-            "answer": _answer(sample, entry),
+            "answer": _answer(task, sample, entry),
             "correct": next(iter(metrics.values()), None),
             "metrics": json.dumps(metrics),
             "target": sample["target"] if isinstance(sample["target"], int) and len(entry.loglikelihoods) > 1 else None,
@@ -48,14 +49,21 @@ def sample_table(task: str, samples: list[dict], log: dict, per_item: dict) -> p
         }
         for site in PRIMITIVE_SITES:
             row[f"kept_{site}"], row[f"total_{site}"] = counts.get(site, (None, None))
-        for name, column in rows.items():
-            column.append(row[name])
+        for key, column in rows.items():
+            column.append(row[key])
     return pa.table(rows, schema=samples_schema())
 
 
-def _answer(sample: dict, entry: Any) -> str:
+def _choices(task: Any, loglikelihoods: list[float]) -> list[float]:
+    """Return the scores of the choices in context; acc_mutual_info has each scored again without context."""
+    twice = "acc_mutual_info" in getattr(task, "_metric_fn_list", {})
+    return loglikelihoods[: len(loglikelihoods) // 2] if twice else loglikelihoods
+
+
+def _answer(task: Any, sample: dict, entry: Any) -> str:
     if len(entry.loglikelihoods) > 1:
-        return str(max(range(len(entry.loglikelihoods)), key=entry.loglikelihoods.__getitem__))
+        choices = _choices(task, entry.loglikelihoods)
+        return str(max(range(len(choices)), key=choices.__getitem__))
     response = sample["filtered_resps"][0]
     return response if isinstance(response, str) else ""
 
@@ -94,7 +102,8 @@ def qualities(task: Any, samples: pa.Table) -> list[Quality]:
         kind = _kind(name, values[name])
         chance = None
         if kind == "accuracy" and task.OUTPUT_TYPE == "multiple_choice":
-            chance = sum(1 / max(1, len(lls)) for lls in samples["loglikelihoods"].to_pylist()) / len(samples)
+            sizes = [len(_choices(task, lls)) for lls in samples["loglikelihoods"].to_pylist()]
+            chance = sum(1 / max(1, size) for size in sizes) / len(sizes)
         found.append({"name": name, "kind": kind, "chance": chance})
     nll: Quality = {"name": "nll", "kind": "nll", "chance": None}
     if task.OUTPUT_TYPE == "generate_until":

@@ -95,6 +95,9 @@ class StudyConfig(_Frozen):
         names = [(model.paradigm, model.name) for model in self.models]
         if len(set(names)) < len(names):
             raise ValueError("two models of one paradigm have the same name; give each a label")
+        tasks = [task.name or Path(task.text or "").stem for task in self.tasks]
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a task is named twice; use two studies, or rename the text file")
         return self
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,26 @@ def versions(names: tuple[str, ...] = COMPUTING) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def code_identity(modules: Iterable[str] = ()) -> str:
+    """Return a hash of the code that a cell's answer depends on: ours, and the modules of rules and samplers.
+
+    Args:
+        modules: Names of modules that stand outside this package.
+    """
+    package = Path(__file__).parent.parent
+    rooms = [package / name for name in ("sparsity", "families", "lm", "diffusion", "study", "tasks")]
+    files = [path for room in rooms for path in sorted(room.rglob("*.py"))]
+    for name in ("autoregressive", *sorted(modules)):
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin) if spec is not None and spec.origin else None
+        if origin is not None:
+            files += sorted(origin.parent.glob("*.py")) if origin.name == "__init__.py" else [origin]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def describe() -> dict[str, Any]:

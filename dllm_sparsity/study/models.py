@@ -23,7 +23,8 @@ def resolve(model: str) -> str:
         UserError: There is no such embedded model.
     """
     if not model.startswith(EMBEDDED):
-        return model
+        folder = Path(model).expanduser()
+        return str(folder) if folder.is_dir() else model
     folder = _PAIR / model.removeprefix(EMBEDDED)
     if not (folder / "config.json").is_file():
         raise UserError(f"no embedded model {model!r}", "there are embedded:autoregressive and embedded:diffusion")

@@ -99,6 +99,7 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
         }
     return {
         "model": model,
+        "name": cell.model.name,  # changes no answer, but a sealed cell carries it
         "weights": weights,
         "task": task,
         "limit": cell.task.limit,

@@ -7,8 +7,23 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+from dllm_sparsity.study.rundir import writing
 
 _NOISY = ("lm_eval", "transformers", "datasets", "huggingface_hub", "httpx")
+
+
+@contextlib.contextmanager
+def _appended(log: Path) -> Iterator[IO[str]]:
+    """Open the log; a disk that fills up under it must not hide the error that matters."""
+    with writing(log.parent):
+        stream = log.open("a", encoding="utf-8", errors="replace")
+    try:
+        yield stream
+    finally:
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 @contextlib.contextmanager
@@ -18,7 +33,7 @@ def quiet(log: Path) -> Iterator[None]:
     Args:
         log: File that is appended to.
     """
-    with log.open("a", encoding="utf-8") as stream, warnings.catch_warnings():
+    with _appended(log) as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         handler = logging.StreamHandler(stream)
         loggers = [logging.getLogger(name) for name in _NOISY]

@@ -49,6 +49,7 @@ def run_cell(
     if cell.task.mc is not None and mc is not None:
         lm.mc = cell.task.mc
     layers = cell.rule.layers if cell.rule is not None else None
+    task.task.set_fewshot_seed(seed=parts["seed"])  # lm-eval draws on from cell to cell; pairs need the same examples
     started = time.perf_counter()
     try:
         with sparsify(lm.model, rule, cell.sites, layers=layers, clock=lm.clock) as tracker:
@@ -66,7 +67,7 @@ def run_cell(
             lm.mc = mc
     seconds = time.perf_counter() - started
     reading = tracker.read()
-    samples = collect.sample_table(task.name, results["samples"][task.name], lm.log, reading.per_item)
+    samples = collect.sample_table(task.task, task.name, results["samples"][task.name], lm.log, reading.per_item)
     if not len(samples):
         raise UserError(f"task {task.name} gave no items", "raise --limit, or choose another task")
     ffn = tracker.ffns[0]

@@ -38,6 +38,9 @@ class RunDir:
             raise UserError(f"{path} is not empty and holds no study", "give an empty folder with --out")
         with writing(path):
             (path / "cells").mkdir(parents=True, exist_ok=True)
+            for draft in (path / "cells").glob(".*"):
+                if not _is_running(draft.suffix.removeprefix(".")):
+                    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
             fields = config.model_dump(mode="json", exclude_unset=True)
             _replace(path / "config.yaml", yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
@@ -115,6 +118,18 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write to {path}: {error.strerror or error}", "give another folder with --out"
         ) from error
+
+
+def _is_running(number: str) -> bool:
+    if not number.isdecimal():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _replace(path: Path, text: str) -> None:

@@ -50,7 +50,7 @@ def load_tasks(spec: TaskSpec, seed: int) -> list[LoadedTask]:
     Raises:
         UserError: There is no such task, or its data cannot be had.
     """
-    found = _from_text(spec.text) if spec.text is not None else _by_name(spec.name or "")
+    found = _from_text(spec.text) if spec.text is not None else _by_name(spec.name or "", spec.num_fewshot)
     loaded = []
     for name, task in found.items():
         if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until"):
@@ -77,7 +77,7 @@ def _manager(with_defaults: bool) -> Any:
     return TaskManager(include_path=str(FOLDER), include_defaults=with_defaults)
 
 
-def _by_name(name: str) -> dict[str, Any]:
+def _by_name(name: str, num_fewshot: int | None) -> dict[str, Any]:
     is_file = name.endswith((".yaml", ".yml"))
     if is_file and not Path(name).is_file():
         raise UserError(f"no such task file: {name}", "give the path of an lm-eval YAML, or a task name")
@@ -90,7 +90,7 @@ def _by_name(name: str) -> dict[str, Any]:
                 "list them with: dllm-sparsity ls tasks",
             )
     try:
-        return _load(manager, name)
+        return _load(manager, name, num_fewshot)
     except (OSError, ValueError, KeyError, ImportError, ConnectionError, AttributeError) as error:
         why = " ".join(str(error).split())[:160]
         raise UserError(
@@ -99,7 +99,8 @@ def _by_name(name: str) -> dict[str, Any]:
 
 
 @cache
-def _load(manager: Any, name: str) -> dict[str, Any]:
+def _load(manager: Any, name: str, num_fewshot: int | None) -> dict[str, Any]:
+    """Build tasks; once for each number of examples, for the number is set on the object."""
     return manager.load([name])["tasks"]
 
 
@@ -134,7 +135,8 @@ def _from_text(path: str) -> dict[str, Any]:
 
 def _identity(name: str, task: Any, documents: list[dict]) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for document in documents:
+    shots = list(task.fewshot_docs() or []) if task.config.num_fewshot else []
+    for document in [*documents, *shots]:
         digest.update(json.dumps(document, sort_keys=True, default=str).encode())
     config = json.dumps(task.dump_config(), sort_keys=True, default=lambda value: type(value).__name__)
     config = re.sub(r" at 0x[0-9a-f]+", "", config)

@@ -46,6 +46,8 @@ BAD = [
     (["--diffusion", DM, "--mask-token", "<nope>", "--text", "{text}"], "is not in the vocabulary", "or its id"),
     (["--ar", AR, "--device", "cuda:99", "--text", "{text}"], "cuda", "--device cpu"),
     (["--ar", AR, "--site", "gate", "--text", "{text}", "--out", "/proc/nothing"], "cannot write", "--out"),
+    (["--ar", AR, "--steps", "8", "--text", "{text}"], "--steps is for diffusion models", "--diffusion"),
+    (["--ar", AR, "--text", "{text}", "--text", "{text}"], "a task is named twice", "configs/"),
     (["nowhere.yaml"], "no such file", "configs/"),
 ]
 

@@ -177,3 +177,29 @@ def test_python_objects_and_yaml_are_one_study(study, tmp_path):
 
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     assert as_config(tmp_path / "study.yaml") == as_config(study) == as_config(as_config(study))
+
+
+def test_cells_of_a_task_see_the_same_examples(material, tmp_path):
+    """lm-eval's draw of few-shot examples goes on from cell to cell unless it is put back."""
+    lines = (material / "choice.yaml").read_text() + "training_split: test\nnum_fewshot: 2\n"
+    (tmp_path / "shots.yaml").write_text(lines.replace("tiny_choice", "tiny_shots"))
+    study = {
+        "models": [{"paradigm": "autoregressive", "model": str(material / "ar")}],
+        "tasks": [{"name": str(tmp_path / "shots.yaml"), "limit": 3}],
+        "rules": [{"name": "top_p", "strengths": [0.9, 0.5], "sites": ["input"]}],
+    }
+    result = compare(study, tmp_path / "run")
+    prompts = {tuple(pq.read_table(p)["prompt_hash"].to_pylist()) for p in result.path.glob("cells/*/samples.parquet")}
+    assert len(prompts) == 1
+
+
+def test_changed_code_is_another_cell(finished, tmp_path, monkeypatch):
+    from dllm_sparsity.study import environment
+
+    study, _ = finished
+    small = {**study, "tasks": study["tasks"][2:], "models": study["models"][:1]}
+    first = set(cells(compare(small, tmp_path / "run").path))
+    monkeypatch.setattr(environment, "code_identity", lambda modules=(): "other code")
+    assert not first & {
+        entry["fingerprint"] for entry in json.loads((compare(small, tmp_path / "run").path / "plan.json").read_text())
+    }

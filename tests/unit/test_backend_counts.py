@@ -4,10 +4,13 @@ from collections import Counter
 
 import pytest
 import tiny
+import torch
 from lm_eval.api.instance import Instance
 
 from autoregressive.backend import AutoregressiveBackend
 from dllm_sparsity.diffusion.backend import DiffusionBackend
+from dllm_sparsity.diffusion.samplers.confidence_threshold import ConfidenceThreshold
+from dllm_sparsity.errors import UserError
 from dllm_sparsity.sparsity.rules.top_p import TopP
 from dllm_sparsity.sparsity.sparsifier import sparsify
 
@@ -26,8 +29,10 @@ def backend(paradigm, size):
     return DiffusionBackend(model, tiny.tokenizer(), batch_size=size, mc=3, block_length=4, steps=8)
 
 
-def counts(paradigm, size, kind):
+def counts(paradigm, size, kind, **denoising):
     lm = backend(paradigm, size)
+    if denoising:
+        lm.denoising |= denoising
     lm.check_greedy = False
     with sparsify(lm.model, TopP(0.8), ["input", "gate", "up", "intermediate"], clock=lm.clock) as tracker:
         if kind == "likelihood":
@@ -112,3 +117,62 @@ def test_guidance_is_its_own_branch():
     assert total == 8 * (5 + 8) * 64 * 2 or lm.log[("task", 0)].new_tokens < 8
     assert lm.log[("task", 0)].nfe == 16
     assert kept < total
+
+
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_rows_that_wait_for_others_are_not_counted(block_length):
+    """With commits that depend on the model, rows of a batch end at different steps."""
+    sampler = ConfidenceThreshold(confidence_threshold=0.3)
+    one, alone = counts("diffusion", 1, "generation", sampler=sampler, block_length=block_length)
+    many, together = counts("diffusion", 4, "generation", sampler=sampler, block_length=block_length)
+    assert one == many
+    assert alone.per_item == together.per_item
+    assert len(set(alone.per_item[item]["input"][1] for item in alone.per_item)) > 1
+
+
+def test_a_finished_text_ends_its_counts_and_its_forward_passes():
+    logs = []
+    for size in (1, 4):
+        lm = backend("diffusion", size)
+        lm.denoising |= {"block_length": None, "steps": None}
+        with torch.no_grad():  # a model that likes to end
+            lm.model.lm_head.weight[tiny.EOS] *= 2.5
+        with sparsify(lm.model, TopP(0.8), clock=lm.clock) as tracker:
+            lm.generate_until(requests("generate_until", [(p, {"until": [], "max_gen_toks": 8}) for p in PROMPTS]))
+        logs.append(({item: (log.nfe, log.new_tokens) for item, log in lm.log.items()}, tracker.read().per_item))
+    assert logs[0] == logs[1]
+    assert min(nfe for nfe, _ in logs[0][0].values()) < 8
+
+
+@pytest.mark.parametrize("paradigm", ["autoregressive", "diffusion"])
+def test_odd_requests(paradigm):
+    lm = backend(paradigm, 2)
+    pairs = [("hello", ""), ("", ""), ("a", "b"), ("x", "")]
+    scores = lm.loglikelihood(requests("loglikelihood", pairs))
+    assert [scores[n] for n in (0, 1, 3)] == [(0.0, True)] * 3
+    assert scores[2][0] < 0
+    assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("",), ("ab",)]))[0] == 0.0
+    assert len(lm.generate_until(requests("generate_until", [("", {"until": [], "max_gen_toks": 4})]))) == 1
+    with pytest.raises(UserError, match="target longer than the model"):
+        lm.loglikelihood(requests("loglikelihood", [("a", "b" * 300)]))
+
+
+@pytest.mark.parametrize("paradigm", ["autoregressive", "diffusion"])
+def test_repeats_of_an_item_draw_anew(paradigm):
+    options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5}
+    repeated = [Instance("generate_until", {}, ("hello", options), 0, ("task", 0, 3)) for _ in range(3)]
+    assert len(set(backend(paradigm, 2).generate_until(repeated))) == 3
+    assert backend(paradigm, 2).generate_until(repeated) == backend(paradigm, 3).generate_until(repeated)
+
+
+def test_a_tokenizer_that_closes_texts():
+    """Tokenizers of masked LMs put a separator behind a text; it is neither scored nor part of a prompt."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", tiny.BOS), ("<eos>", tiny.EOS)]
+    )
+    lm = DiffusionBackend(tiny.llama(causal=False), tokenizer, mc=2)
+    assert lm.tok_encode("ab") == [tiny.BOS, *tokenizer.encode("ab", add_special_tokens=False)]
+    assert lm._encode("hello", " ab")[1] == tokenizer.encode(" ab", add_special_tokens=False)

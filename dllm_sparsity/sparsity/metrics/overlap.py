@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dllm_sparsity.sparsity.clock import Compare
+from dllm_sparsity.sparsity.clock import Compare, TokenState
 from dllm_sparsity.sparsity.kernels import naive
 from dllm_sparsity.sparsity.metric import Metric
 
@@ -71,7 +71,8 @@ class Overlap(Metric):
             raise ValueError(f"overlap: {len(kept)} rows now, {len(memory['prev'])} one step before")
         size = naive.count_bits(packed)
         counts = [column for against in ("prev", "first") for column in _compare(packed, size, memory[against])]
-        memory["prev"] = packed
+        idle = (frame.states == TokenState.PAD).unsqueeze(-1)  # a row that waits for others keeps its last real step
+        memory["prev"] = torch.where(idle, memory["prev"], packed)
         return torch.stack(counts, dim=-1)
 
 

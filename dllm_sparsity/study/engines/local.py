@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
-from dllm_sparsity.study.models import choose_device, make_rule, open_backend, resolve
+from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
 from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint
 from dllm_sparsity.study.quiet import quiet
 from dllm_sparsity.study.run import run_cell
@@ -64,17 +65,17 @@ def run_study(config: StudyConfig, out: Path, progress: Progress) -> RunDir:
     Raises:
         UserError: As the parts raise it; cells that were sealed before stay.
     """
-    _check_first(config)
-    rundir = RunDir(out, config)
-    with quiet(rundir.log):
-        jobs = _plan(config)
-        described = {**environment.describe(), "device": choose_device(config.device)}
-    plan = [{"fingerprint": job.fingerprint, "title": job.cell.title, "parts": job.parts} for job in jobs]
-    rundir.write_plan(plan, described)
-    open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
-    total = sum(job.cost for job in jobs)
-    progress.start(total, total - sum(job.cost for job in open_jobs))
     try:
+        _check_first(config)
+        rundir = RunDir(out, config)
+        with quiet(rundir.log):
+            jobs = _plan(config)
+            described = {**environment.describe(), "device": choose_device(config.device)}
+        plan = [{"fingerprint": job.fingerprint, "title": job.cell.title, "parts": job.parts} for job in jobs]
+        rundir.write_plan(plan, described)
+        open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
+        total = sum(job.cost for job in jobs)
+        progress.start(total, total - sum(job.cost for job in open_jobs))
         for model in config.models:
             mine = [job for job in open_jobs if job.cell.model == model]
             if mine:
@@ -107,11 +108,15 @@ def _check_first(config: StudyConfig) -> None:
                     f"strength {strength:g} of {rule.name} is its dense setting", "leave it out: every study runs dense"
                 )
     for model in config.models:
+        if model.paradigm == "diffusion":
+            make_sampler(model)
         check_exists(resolve(model.model), model.revision)
 
 
 def _plan(config: StudyConfig) -> list[Job]:
-    versions = environment.versions()
+    kinds = [registry.get("rules", rule.name) for rule in config.rules]
+    kinds += [registry.get("samplers", model.sampler) for model in config.models]
+    versions = {**environment.versions(), "code": environment.code_identity({kind.__module__ for kind in kinds})}
     device = choose_device(config.device).partition(":")[0]
     identities = {model: environment.weights_identity(resolve(model.model), model.revision) for model in config.models}
     tasks: dict[TaskSpec, list[LoadedTask]] = {spec: load_tasks(spec, config.seed) for spec in config.tasks}
