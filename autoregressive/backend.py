@@ -9,7 +9,6 @@ from autoregressive.decode import Sampling, decode
 from autoregressive.likelihood import score
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.base import Generation, Score, SparsityLM, Target
-from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load
 
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 
@@ -30,22 +29,7 @@ class AutoregressiveBackend(SparsityLM):
         ...     lm_eval.simple_evaluate(lm, tasks=["arc_easy"])
     """
 
-    paradigm = "autoregressive"
-
-    @classmethod
-    def from_source(cls, source: ModelSource, **settings: Any) -> AutoregressiveBackend:
-        """Load a model and make sure that it is causal.
-
-        Args:
-            source: Where the model comes from.
-            settings: Arguments of the backend.
-
-        Raises:
-            UserError: It cannot be loaded, or it sees tokens to the right.
-        """
-        model, tokenizer = load(source)
-        check_paradigm(model, source.model, bidirectional=False)
-        return cls(model, tokenizer, **settings)
+    bidirectional = False
 
     @property
     def estimator(self) -> str | None:

@@ -31,8 +31,7 @@ def material(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def study(material):
+def make_study(material):
     return {
         "name": "tiny",
         "models": [
@@ -46,3 +45,8 @@ def study(material):
         ],
         "rules": [{"name": "top_p", "strengths": [0.9, 0.5], "sites": ["input", "all"]}],
     }
+
+
+@pytest.fixture
+def study(material):
+    return make_study(material)

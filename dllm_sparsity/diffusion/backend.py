@@ -16,7 +16,6 @@ from dllm_sparsity.diffusion.tokens import closing_tokens, find_mask_id, up_to
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.base import Generation, Score, SparsityLM, Target
 from dllm_sparsity.lm.call import Rows, pad
-from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load
 from dllm_sparsity.sparsity.clock import Phase, Slot, TokenState
 
 _OPTIONS = {"do_sample", "temperature", "top_k", "top_p"}
@@ -51,7 +50,7 @@ class DiffusionBackend(SparsityLM):
         seed: Seed of masks and sampling.
     """
 
-    paradigm = "diffusion"
+    bidirectional = True
 
     def __init__(
         self,
@@ -82,21 +81,6 @@ class DiffusionBackend(SparsityLM):
             "sampler": sampler or LowConfidence(),
             "logits_shift": logits_shift,
         }
-
-    @classmethod
-    def from_source(cls, source: ModelSource, **settings: Any) -> DiffusionBackend:
-        """Load a model and make sure that it sees both sides.
-
-        Args:
-            source: Where the model comes from.
-            settings: Arguments of the backend.
-
-        Raises:
-            UserError: It cannot be loaded, or it is causal.
-        """
-        model, tokenizer = load(source)
-        check_paradigm(model, source.model, bidirectional=True)
-        return cls(model, tokenizer, **settings)
 
     @property
     def estimator(self) -> str:

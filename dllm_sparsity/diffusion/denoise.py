@@ -218,6 +218,6 @@ def _states(canvas: Tensor, now: Tensor, mask_id: int, eos_id: int | None) -> Te
     """Return the state of each canvas token."""
     states = torch.where(now, TokenState.COMMITTED_NOW, TokenState.COMMITTED)
     if eos_id is not None:
-        ended = (canvas == eos_id).long().cumsum(-1) - (canvas == eos_id).long() > 0  # an end token strictly before it
-        states = torch.where(ended, TokenState.AFTER_EOS, states)
+        end = (canvas == eos_id).long()
+        states = torch.where(end.cumsum(-1) - end > 0, TokenState.AFTER_EOS, states)  # an end token strictly before it
     return torch.where(canvas == mask_id, TokenState.MASKED, states)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from lm_eval.api.instance import Instance
@@ -20,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.call import ModelCall
 from dllm_sparsity.lm.items import Generation, ItemLog, Score, Target
+from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load, longest_sequence
 from dllm_sparsity.sparsity.clock import Clock
 
 
@@ -34,6 +34,9 @@ class SparsityLM(TemplateLM):
         seed: Seed of everything random.
     """
 
+    bidirectional: ClassVar[bool]
+    """Whether its models see tokens to the right."""
+
     def __init__(
         self, model: Any, tokenizer: Any, *, batch_size: int = 16, max_length: int | None = None, seed: int = 0
     ) -> None:
@@ -47,8 +50,23 @@ class SparsityLM(TemplateLM):
         """Whether loglikelihood requests need `is_greedy`; False saves a diffusion model one decoding each."""
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """Called with (requests done, requests in all) after each batch."""
-        self.max_length = max_length or _max_length(model, tokenizer)
+        self.max_length = max_length or longest_sequence(model, tokenizer)
         self.max_gen_toks = 256
+
+    @classmethod
+    def from_source(cls, source: ModelSource, **settings: Any) -> Self:
+        """Load a model and make sure that it is of this backend's paradigm.
+
+        Args:
+            source: Where the model comes from.
+            settings: Arguments of the backend.
+
+        Raises:
+            UserError: It cannot be loaded, or it is of the other paradigm.
+        """
+        model, tokenizer = load(source)
+        check_paradigm(model, source.model, cls.bidirectional)
+        return cls(model, tokenizer, **settings)
 
     @property
     def eot_token_id(self) -> int:
@@ -187,20 +205,8 @@ class SparsityLM(TemplateLM):
                 self._entry(targets[number].item).seconds += spent
             self.progress(len(scores), len(targets))
         for number, target in enumerate(targets):
-            self._log_score(target, scores[number], merge)
+            self._entry(target.item).add(target, scores[number], merge)
         return [scores[number] for number in range(len(targets))]
-
-    def _log_score(self, target: Target, score: Score, merge: bool) -> None:
-        entry = self._entry(target.item)
-        entry.nfe += score.nfe
-        if merge and entry.loglikelihoods:  # windows of one text add up
-            entry.loglikelihoods[0] += score.loglikelihood
-            entry.errors[0] = math.hypot(entry.errors[0], score.error)
-            entry.target_tokens[0] += len(target.tokens)
-        else:
-            entry.loglikelihoods.append(score.loglikelihood)
-            entry.errors.append(score.error)
-            entry.target_tokens.append(len(target.tokens))
 
     def _batches(self, order: list[int], targets: list[Target]) -> Iterable[list[int]]:
         return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
@@ -280,12 +286,3 @@ class SparsityLM(TemplateLM):
 
 def _item(request: Instance) -> Hashable:
     return (request.task_name, request.doc_id)
-
-
-def _max_length(model: Any, tokenizer: Any) -> int:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    for name in ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    length = getattr(tokenizer, "model_max_length", 2048)
-    return length if length < 10**9 else 2048

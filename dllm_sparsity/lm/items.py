@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -45,3 +46,21 @@ class ItemLog:
     nfe: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
+
+    def add(self, target: Target, score: Score, merge: bool) -> None:
+        """Add a scored target.
+
+        Args:
+            target: What was scored.
+            score: What it gave.
+            merge: Whether targets of this item are windows of one text, and add up.
+        """
+        self.nfe += score.nfe
+        if merge and self.loglikelihoods:
+            self.loglikelihoods[0] += score.loglikelihood
+            self.errors[0] = math.hypot(self.errors[0], score.error)
+            self.target_tokens[0] += len(target.tokens)
+        else:
+            self.loglikelihoods.append(score.loglikelihood)
+            self.errors.append(score.error)
+            self.target_tokens.append(len(target.tokens))

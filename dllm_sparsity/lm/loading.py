@@ -176,3 +176,18 @@ def check_paradigm(model: Any, name: str, bidirectional: bool) -> None:
             "give it as --ar; a decoder trained to unmask is saved with config.is_causal = False",
         )
     raise UserError(f"{name} sees tokens to the right, it is not autoregressive", "give it as --diffusion")
+
+
+def longest_sequence(model: Any, tokenizer: Any) -> int:
+    """Return how many tokens a model takes, from its config or else its tokenizer.
+
+    Args:
+        model: A transformers model.
+        tokenizer: Its tokenizer.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for name in ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    length = getattr(tokenizer, "model_max_length", 2048)
+    return length if length < 10**9 else 2048

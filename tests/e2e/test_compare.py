@@ -10,6 +10,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from material import make_study
 
 from dllm_sparsity import compare
 from dllm_sparsity.errors import UserError
@@ -19,19 +20,7 @@ from dllm_sparsity.study.records import samples_schema, steps_schema
 
 @pytest.fixture(scope="module")
 def finished(material, tmp_path_factory):
-    study = {
-        "name": "tiny",
-        "models": [
-            {"paradigm": "autoregressive", "model": str(material / "ar"), "batch_size": 4},
-            {"paradigm": "diffusion", "model": str(material / "dm"), "batch_size": 4, "mc": 2, "block_length": 3},
-        ],
-        "tasks": [
-            {"name": str(material / "choice.yaml"), "limit": 4},
-            {"name": str(material / "write.yaml"), "limit": 2},
-            {"text": str(material / "own.txt")},
-        ],
-        "rules": [{"name": "top_p", "strengths": [0.9, 0.5], "sites": ["input", "all"]}],
-    }
+    study = make_study(material)
     return study, compare(study, tmp_path_factory.mktemp("run") / "run")
 
 
