@@ -31,6 +31,9 @@ cli.add_command(ls)
 def main() -> None:
     """Run the command line; users get two lines and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _as_interrupt)
+    # threads that spin while they wait make a run several times slower when another program needs a core; read at
+    # torch's import
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = cli.main(standalone_mode=False)
     except UserError as error:

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dllm_sparsity.pair import folder
+from dllm_sparsity.pair.making.items import Maker
 from dllm_sparsity.pair.reference import reference_loglikelihood
 from dllm_sparsity.tasks import FOLDER
 from dllm_sparsity.tasks.utils import build_items, choose_per_token
@@ -75,6 +76,38 @@ def test_items_are_distinct_and_gold_is_spread(name: str) -> None:
     for place in range(num_choices):
         share = sum(doc["gold"] == place for doc in docs) / len(docs)
         assert share == pytest.approx(1 / num_choices, abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def pool() -> list[tuple[str, str, str]]:
+    """Make 40 scenes of 8 activities; no ending shares a word with a context, so nothing may be filtered by words."""
+    return [
+        (f"A{n % 8}", f"A{n % 8}: Somebody waits, scene {n}.", f"then they leave room {n + 100}.") for n in range(40)
+    ]
+
+
+def test_every_scene_gives_an_item_with_true_endings_of_other_activities(
+    pool: list[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    made = Maker(tokenizer, ()).easy_endings(pool)
+    activity_of, truth = {ending: label for label, _, ending in pool}, {query: ending for _, query, ending in pool}
+    assert sorted(item["query"] for item in made) == sorted(truth)
+    for item in made:
+        assert item["choices"][item["gold"]] == truth[item["query"]]
+        assert len({activity_of[choice] for choice in item["choices"]}) == 4
+
+
+def test_items_follow_the_seed(pool: list[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase) -> None:
+    maker = Maker(tokenizer, ())
+    assert maker.easy_endings(pool, seed=1) == maker.easy_endings(pool, seed=1) != maker.easy_endings(pool, seed=2)
+
+
+def test_scenes_whose_sentences_were_trained_on_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    seen = "A man in a red shirt is standing on a long wooden ladder."
+    pool = [(f"A{n}", f"A{n}: Scene {n} waits.", f"then they leave room {n}.") for n in range(8)]
+    made = Maker(tokenizer, [seen]).easy_endings([*pool, ("A9", f"Painting. {seen}", "he paints the fence.")])
+    assert len(made) == 8
+    assert not any("he paints the fence." in item["choices"] for item in made)
 
 
 def test_held_out_texts_have_64_tokens(tokenizer: PreTrainedTokenizerBase) -> None:

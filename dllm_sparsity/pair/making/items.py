@@ -149,6 +149,7 @@ def main() -> None:
     }
     if arguments.choosing:
         tasks["choosing"] = maker.easy_endings(held_out_endings(held_out))
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for name, items in tasks.items():
         lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
         (arguments.out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
