@@ -89,7 +89,7 @@ def load(run_dir: str | Path) -> Run:
         UserError: It is no run directory, holds no sealed cell, or a sealed file is damaged.
     """
     path = Path(run_dir).resolve()
-    folders = sorted(entry for entry in (path / "cells").glob("*") if entry.is_dir())
+    folders = sorted(entry for entry in (path / "cells").glob("[!.]*") if entry.is_dir())
     if not folders:
         raise UserError(f"{run_dir} holds no cells", "give the folder that dllm-sparsity compare wrote, runs/<name>")
     plan = _maybe_json(path / "plan.json")

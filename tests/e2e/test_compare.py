@@ -101,7 +101,7 @@ def test_resuming_gives_the_same_records(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("dllm_sparsity.study.engines.local.run_cell", dies)
     with pytest.raises(KeyboardInterrupt):
         compare(study, tmp_path / "run")
-    assert len(list(tmp_path.glob("run/cells/*/DONE"))) == 7
+    assert len(list(tmp_path.glob("run/cells/[!.]*/DONE"))) == 7
     monkeypatch.setattr("dllm_sparsity.study.engines.local.run_cell", real)
     resumed = compare(study, tmp_path / "run")
     assert cells(resumed.path).keys() == cells(whole.path).keys()
@@ -127,7 +127,7 @@ def test_a_full_disk_loses_nothing(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("dllm_sparsity.study.rundir.pq.write_table", full)
     with pytest.raises(UserError, match="no space left"):
         compare(study, tmp_path / "run")
-    assert len(list(tmp_path.glob("run/cells/*/DONE"))) == 2
+    assert len(list(tmp_path.glob("run/cells/[!.]*/DONE"))) == 2
     assert not list(tmp_path.glob("run/cells/.*"))
 
 
@@ -141,11 +141,11 @@ def test_sigint_and_sigterm_leave_sealed_cells(material, tmp_path, study):
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
     }
     for number in (signal.SIGINT, signal.SIGTERM):
-        sealed = len(list(tmp_path.glob("run/cells/*/DONE")))
+        sealed = len(list(tmp_path.glob("run/cells/[!.]*/DONE")))
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
         deadline = time.monotonic() + 120
         while (
-            len(list(tmp_path.glob("run/cells/*/DONE"))) <= sealed
+            len(list(tmp_path.glob("run/cells/[!.]*/DONE"))) <= sealed
             and time.monotonic() < deadline
             and process.poll() is None
         ):
@@ -157,7 +157,7 @@ def test_sigint_and_sigterm_leave_sealed_cells(material, tmp_path, study):
             "error: interrupted; finished cells are sealed",
             "hint:  the same command continues where this one stopped",
         ]
-        assert len(list(tmp_path.glob("run/cells/*/DONE"))) > sealed
+        assert len(list(tmp_path.glob("run/cells/[!.]*/DONE"))) > sealed
         assert not list(tmp_path.glob("run/cells/.*"))
 
 
