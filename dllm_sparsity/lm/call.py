@@ -67,7 +67,6 @@ class ModelCall:
         self.model = model
         parameters = inspect.signature(model.forward).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        self._known = set(parameters)
         self._takes_positions = "position_ids" in parameters
         self._keeps = "logits_to_keep" in parameters
         self._cached = "use_cache" in parameters or (takes_any and "past_key_values" in parameters)

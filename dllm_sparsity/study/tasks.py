@@ -24,14 +24,12 @@ class LoadedTask:
         name: lm-eval's name.
         task: lm-eval's object.
         identity: What changes when the task's documents, prompts or version change.
-        size: Documents that are run.
         cost: Rough number of characters a model reads and writes once through, for the time left.
     """
 
     name: str
     task: Any
     identity: dict[str, Any]
-    size: int
     cost: float
 
     @property
@@ -65,7 +63,7 @@ def load_tasks(spec: TaskSpec, seed: int) -> list[LoadedTask]:
         task.set_fewshot_seed(seed=seed)
         documents = list(task.eval_docs)
         size = min(spec.limit or len(documents), len(documents))
-        loaded.append(LoadedTask(name, task, _identity(name, task, documents[:size]), size, _cost(documents[:size])))
+        loaded.append(LoadedTask(name, task, _identity(name, task, documents[:size]), _cost(documents[:size])))
     return loaded
 
 
