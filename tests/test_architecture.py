@@ -16,6 +16,7 @@ FLOORS = [
     ["registry"],
     ["sparsity"],
     ["families"],
+    ["bench"],
     ["lm"],
     ["diffusion", "autoregressive"],
     ["study"],

@@ -9,6 +9,7 @@ from types import FrameType
 
 import click
 
+from dllm_sparsity.cli.bench import bench
 from dllm_sparsity.cli.compare import compare
 from dllm_sparsity.cli.ls import ls
 from dllm_sparsity.cli.report import report
@@ -26,6 +27,7 @@ def cli() -> None:
 cli.add_command(compare)
 cli.add_command(report)
 cli.add_command(ls)
+cli.add_command(bench)
 
 
 def main() -> None:

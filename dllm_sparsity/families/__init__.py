@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ _NOT_THE_LM = re.compile(
     r"vision|visual|audio|self_conditioning|sigma_map|time_?step|adaln|router|connector|multi_modal|lm_head",
     re.IGNORECASE,
 )
+_NORMS = ("pre_feedforward_layernorm", "ffn_norm", "post_attention_layernorm")
 _BLOCK_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -53,7 +55,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             raise UserError(f"{name} is a mixture of experts", "mixture-of-experts models are not supported yet")
         ffn = next((hit for family in families if (hit := family.match(name, int(number[1]), module))), None)
         if ffn is not None:
-            found.append(ffn)
+            found.append(_with_norm(ffn, model))
             inside = f"{name}."
     if not found:
         kind = type(model).__name__
@@ -61,6 +63,15 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             f"found no FFN in {kind}", f"known forms: {', '.join(registry.names('families'))}; a new one is one file"
         )
     return _numbered(_unshared(found))
+
+
+def _with_norm(ffn: FFN, model: nn.Module) -> FFN:
+    """Add the normalisation that stands before a gated FFN in its block, by the names in use."""
+    if ffn.form is None:
+        return ffn
+    block = model.get_submodule(ffn.name.rpartition(".")[0])
+    norm = next((child for name, child in block.named_children() if name in _NORMS), None)
+    return replace(ffn, form=replace(ffn.form, norm=norm))
 
 
 def _unshared(found: list[FFN]) -> list[FFN]:

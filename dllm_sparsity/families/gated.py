@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from dllm_sparsity.families import Family, any_parameter, linear_shape, linear_weight
-from dllm_sparsity.sparsity.sites import FFN, SitePoint
+from dllm_sparsity.sparsity.sites import FFN, GatedForm, SitePoint
 
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
@@ -30,7 +32,11 @@ class Gated(Family):
             others = [child for key, child in children.items() if key not in (gate, up, down)]
             if any(next(child.parameters(), None) is not None for child in others):
                 return None  # the FFN is part of a larger block: its input is not the module's
-            return gated_ffn(name, layer, children[gate], children[up], children[down], children, (module, "input"))
+            ffn = gated_ffn(name, layer, children[gate], children[up], children[down], children, (module, "input"))
+            activation = next((children[key] for key in _ACTIVATIONS if key in children), None)
+            if ffn is None or activation is None:
+                return ffn
+            return replace(ffn, form=GatedForm(module, children[gate], children[up], activation, children[down]))
         return None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
@@ -53,6 +53,11 @@ class Compare(StrEnum):
     START = "start"  # remember its kept sets as the first step's
     PREVIOUS = "previous"  # the same rows as one forward pass of this branch before
 
+    @property
+    def code(self) -> int:
+        """The number that kernels read: 0, 1 or 2."""
+        return list(Compare).index(self)
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -66,14 +71,28 @@ class Slot:
 
 @dataclass
 class Frame:
-    """What hooks read during one forward pass; tensors have one entry a row of the FFN."""
+    """What hooks read during one forward pass; tensors have one entry a row of the FFN.
+
+    Frames of one shape share their tensors: `Clock.tick` writes new values into them, so that a compiled or captured
+    forward pass reads the step it stands at.
+    """
 
     slot: Slot
     compare: Compare
     index: Int[Tensor, "rows"]  # row of the ledger: (slot, batch row, state)
     sequence: Int[Tensor, "rows"]  # batch row
     states: Int[Tensor, "rows"]
+    code: Int[Tensor, ""] | None = None  # `compare.code`, int32, on the device
     _moved: dict[torch.device, Frame] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.branch, self.comparing = self.slot.branch, self.compare is not Compare.OFF
+        if self.code is None:
+            self.code = torch.full((), self.compare.code, dtype=torch.int32, device=self.index.device)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what a device holds of it."""
+        return self.index, self.sequence, self.states, cast("Tensor", self.code)
 
     def to(self, device: torch.device) -> Frame:
         """Return this frame on another device; the copy is made once a forward pass.
@@ -84,8 +103,7 @@ class Frame:
         if device == self.index.device:
             return self
         if device not in self._moved:
-            index, sequence, states = (tensor.to(device) for tensor in (self.index, self.sequence, self.states))
-            self._moved[device] = Frame(self.slot, self.compare, index, sequence, states)
+            self._moved[device] = Frame(self.slot, self.compare, *(tensor.to(device) for tensor in self.tensors()))
         return self._moved[device]
 
 
@@ -117,6 +135,7 @@ class Clock:
         self.capacity = 1
         self.frame: Frame | None = None
         self.counting = True
+        self._held: Frame | None = None  # owns the tensors that frames of one shape share
 
     def begin(self, items: Sequence[Hashable], forwards: int = 1) -> None:
         """Start a request batch.
@@ -170,9 +189,20 @@ class Clock:
             number = torch.tensor([self.slots[row] for row in row_slots], device=states.device).repeat_interleave(seq)
         flat = states.reshape(-1).long()
         index = (number * batch + sequence) * len(TokenState) + flat
-        self.frame = Frame(row_slots[0], compare, index, sequence, flat)
+        self.frame = self._hold(Frame(row_slots[0], compare, index, sequence, flat))
         for listener in self._told():
             listener.tick(self)
+
+    def _hold(self, frame: Frame) -> Frame:
+        """Move a frame's values into the tensors of the frame before, where these have its shape and device."""
+        held = self._held
+        if held is None or held.index.shape != frame.index.shape or held.index.device != frame.index.device:
+            with torch.inference_mode(False):  # else they could be written to in inference mode only
+                held = self._held = Frame(frame.slot, frame.compare, *(tensor.clone() for tensor in frame.tensors()))
+            return held
+        for mine, new in zip(held.tensors(), frame.tensors(), strict=True):
+            mine.copy_(new)
+        return Frame(frame.slot, frame.compare, *held.tensors())
 
     def end(self) -> None:
         """Close the request batch: counters are read once and folded into records."""
@@ -205,12 +235,13 @@ class Clock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Let rules act on the forward passes inside, and count none of them; they need no `tick`."""
-        before = self.counting, self.capacity, self.items, self.slots, self.noise, self.frame
+        before = self.counting, self.capacity, self.items, self.slots, self.noise, self.frame, self._held
         self.counting, self.slots, self.noise, self.frame = False, dict(self.slots), list(self.noise), None
+        self._held = None  # frames inside must not write into the tensors of the frame outside
         try:
             yield
         finally:
-            self.counting, self.capacity, self.items, self.slots, self.noise, self.frame = before
+            self.counting, self.capacity, self.items, self.slots, self.noise, self.frame, self._held = before
 
     def rows(self, count: int, device: torch.device) -> Frame | None:
         """Return the frame for an FFN call, or None where nobody announced one and none is needed.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from dllm_sparsity.sparsity.clock import Clock, Frame, Slot, TokenState
+from dllm_sparsity.sparsity.kernels.fused import Counters
+from dllm_sparsity.sparsity.metrics.density import Density
+from dllm_sparsity.sparsity.metrics.overlap import Overlap
 from dllm_sparsity.sparsity.reading import NOISE_BINS, NonFiniteError, Reading
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 _STATES = len(TokenState)
 _FIRST_SLOTS = 64  # a loop may end long before its longest run; tick makes more room
+_FIRST_BYTES = 4 << 20  # but what is small is made at once
 _UNCOUNTED = (TokenState.PAD, TokenState.AFTER_EOS)
 
 
@@ -29,6 +33,7 @@ class Point:
     layer: int
     site: str
     device_of: Tensor
+    width: int = 0
 
 
 class Ledger:
@@ -43,6 +48,8 @@ class Ledger:
         self.points, self.metrics = list(points), list(metrics)
         self.columns = ("nonfinite", *(column for metric in self.metrics for column in metric.columns))
         self._tables: list[Tensor] = []
+        self._spare: list[Tensor] = []  # of the batch before: kept, so that addresses stay
+        self._captured = False
         self._batch = 0
         self._slots: dict[Slot, int] = {}  # every slot ever seen
         self._keys: list[np.ndarray] = []
@@ -57,14 +64,22 @@ class Ledger:
             clock: The clock that starts it.
         """
         self._batch = len(clock.items)
-        slots = min(clock.capacity, _FIRST_SLOTS)
-        self._tables = [self._empty(point, slots) for point in self.points]
+        line = self._batch * _STATES * len(self.columns) * 8
+        slots = min(clock.capacity, max(_FIRST_SLOTS, _FIRST_BYTES // line))
+        lines = slots * self._batch * _STATES
+        if self._spare and len(self._spare[0]) == lines:
+            self._tables = [table.zero_() for table in self._spare]
+        else:
+            self._tables = [self._empty(point, slots) for point in self.points]
+            self._captured = False
+        self._spare = []
         for metric in self.metrics:
             metric.begin()
 
     def _empty(self, point: Point, slots: int) -> Tensor:
         shape = (slots * self._batch * _STATES, len(self.columns))
-        return torch.zeros(shape, dtype=torch.long, device=point.device_of.device)
+        with torch.inference_mode(False):
+            return torch.zeros(shape, dtype=torch.long, device=point.device_of.device)
 
     def tick(self, clock: Clock) -> None:
         """Grow before a forward pass that needs it, never inside one.
@@ -72,8 +87,16 @@ class Ledger:
         Args:
             clock: The clock that announces it.
         """
+        if self.fusable and len(self.metrics) == 2 and clock.frame is not None and clock.frame.comparing:
+            places = [(point.width, point.device_of.device) for point in self.points]
+            cast("Overlap", self.metrics[1]).prepare(places, clock.frame)
         have = len(self._tables[0]) // (self._batch * _STATES) if self._tables else 0
         if self._tables and len(clock.slots) > have:
+            if self._captured:
+                raise ValueError(
+                    f"a captured forward pass counts into room for {have} slots, and this is one more: capture anew "
+                    f"after clock.begin with a larger `forwards`, at most what fits {_FIRST_BYTES >> 20} MiB a point"
+                )
             more = max(have, len(clock.slots) - have)
             pairs = zip(self._tables, self.points, strict=True)
             self._tables = [torch.cat([table, self._empty(point, more)]) for table, point in pairs]
@@ -92,6 +115,29 @@ class Ledger:
         values = torch.cat([nonfinite.long(), *counts], dim=-1)
         self._tables[point].index_add_(0, frame.index, values)
 
+    @property
+    def fusable(self) -> bool:
+        """Whether the fused kernel counts all that is counted here."""
+        return [type(metric) for metric in self.metrics] in ([Density], [Density, Overlap])
+
+    def counters(self, point: int, rows: Tensor, frame: Frame) -> Counters:
+        """Return where the fused kernel counts one FFN call.
+
+        Args:
+            point: As in `add`.
+            rows: Activations, `[rows, width]`.
+            frame: As in `add`.
+
+        Raises:
+            ValueError: As in `Overlap.count`.
+        """
+        if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured = True
+        code, sets = None, (None, None)
+        if frame.comparing and len(self.metrics) == 2:
+            code, sets = frame.code, cast("Overlap", self.metrics[1]).sets(point, frame)
+        return Counters(self._tables[point], frame.index, frame.states, code, *sets)
+
     def end(self, clock: Clock) -> None:
         """Read the counters and close the request batch.
 
@@ -99,7 +145,7 @@ class Ledger:
             clock: The clock that ends it.
         """
         self.flush(clock)
-        self._tables = []
+        self._spare, self._tables = self._tables, []
 
     def flush(self, clock: Clock) -> None:
         """Add the counters to the records and set them back to zero; the request batch goes on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dllm_sparsity.errors import UserError
 
@@ -31,6 +31,21 @@ class Where:
     weight: Tensor | None
     sequence: Int[Tensor, "rows"]
     counted: Bool[Tensor, "rows"] | None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a rule finds a row's cutoff on magnitudes, in the form that the fused kernel knows.
+
+    Args:
+        kind: `top_p`, `top_k`, `max_p` or `threshold`.
+        value: p, the number of entries, p, or the threshold.
+        power: For top_p: mass of |x|**power.
+    """
+
+    kind: Literal["top_p", "top_k", "max_p", "threshold"]
+    value: float
+    power: float = 1.0
 
 
 class Rule(ABC):
@@ -67,6 +82,14 @@ class Rule(ABC):
             rows: One token's vector a row. Never holds padding only; rows with NaN or Inf are put back afterwards.
             where: Where the rows come from.
         """
+
+    def fused(self, width: int) -> Cut | None:
+        """Return the cutoff for the fused kernel, or None where only `keep` knows.
+
+        Args:
+            width: Entries of a row.
+        """
+        return None
 
     def check_range(self) -> None:
         """Refuse a strength that this rule does not know.

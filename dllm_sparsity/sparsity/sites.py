@@ -35,6 +35,27 @@ class SitePoint:
 
 
 @dataclass(frozen=True)
+class GatedForm:
+    """A module that computes down(activation(gate(x)) * up(x)) of children that can be called one by one.
+
+    Args:
+        module: The module.
+        gate: Its gate projection.
+        up: Its up projection.
+        activation: The gate's activation.
+        down: Its down projection.
+        norm: The normalisation whose output is the module's input and nothing else's, where the family knows one.
+    """
+
+    module: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    activation: nn.Module
+    down: nn.Module
+    norm: nn.Module | None = None
+
+
+@dataclass(frozen=True)
 class FFN:
     """One feed-forward layer as a family found it.
 
@@ -43,6 +64,7 @@ class FFN:
         name: Path of the module in the model.
         points: The sites it has.
         missing: Why it lacks the other sites.
+        form: Its parts, where kernels may take over from its forward pass.
         d_model: Width of `input`.
         d_ffn: Width of `intermediate`.
         gated: Whether it has a gate.
@@ -57,6 +79,7 @@ class FFN:
     gated: bool
     device_of: Tensor
     missing: dict[str, str] = field(default_factory=dict)
+    form: GatedForm | None = None
 
 
 def expand(sites: str | Sequence[str]) -> tuple[str, ...]:

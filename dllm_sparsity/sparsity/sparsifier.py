@@ -6,24 +6,27 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.sparsity import fusing
 from dllm_sparsity.sparsity import sites as site_names
-from dllm_sparsity.sparsity.clock import Clock, FreeClock, TokenState
-from dllm_sparsity.sparsity.kernels import naive
+from dllm_sparsity.sparsity.action import Action
+from dllm_sparsity.sparsity.clock import Clock, FreeClock
+from dllm_sparsity.sparsity.kernels import fused
 from dllm_sparsity.sparsity.ledger import Ledger, Point
 from dllm_sparsity.sparsity.reading import Reading
-from dllm_sparsity.sparsity.rule import Rule, Where
+from dllm_sparsity.sparsity.rule import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dllm_sparsity.sparsity.sites import FFN, SitePoint
+    from dllm_sparsity.sparsity.kernels.fused import Producer
+    from dllm_sparsity.sparsity.sites import FFN, GatedForm, SitePoint
 
 _PROBES: dict[int, Tracker] = {}  # thread -> the tracker whose dry run it is in; all other trackers hold still
 NO_CLOCK = "no clock: phase is forward, token state is unknown, padding is counted, overlap is off"
@@ -91,18 +94,26 @@ class Tracker:
         kinds = [registry.get("metrics", name) for name in dict.fromkeys(("density", *asked))]
         usable = [kind() for kind in kinds if clock is not None or not kind.needs_clock]
         self._points = [(ffn, site) for ffn in self.ffns for site in self.sites]
-        self.ledger = Ledger([Point(ffn.layer, site, ffn.device_of) for ffn, site in self._points], usable)
-        self._handles: list[Any] = []
+        self.ledger = Ledger(
+            [Point(ffn.layer, site, ffn.device_of, ffn.points[site].width) for ffn, site in self._points], usable
+        )
+        active = None if rule is None or rule.is_dense else rule
+        self._actions = [
+            Action(number, ffn, site, ffn.points[site], active, self.clock, self.ledger)
+            for number, (ffn, site) in enumerate(self._points)
+        ]
+        self._undo: dict[int, Callable[[], None]] = {}  # point -> what detaches it
+        self.kernels: dict[str, int] = {}
         self._fired: set[int] = set()
         self._checked = False
 
     def __enter__(self) -> Tracker:
-        if self._handles:
+        if self._undo:
             raise UserError("this tracker is attached already", "make a new one with sparsify()")
         try:
-            for number, (ffn, site) in enumerate(self._points):
-                self._handles.append(self._attach(number, ffn, site, ffn.points[site]))
+            self._attach()
             self._dry_run()
+            self._check_norms()
             self._listen()
         except BaseException:
             self._detach()
@@ -140,62 +151,67 @@ class Tracker:
         return self.ledger.read(self.notes)
 
     def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for undo in self._undo.values():
+            undo()
+        self._undo = {}
 
-    def _attach(self, number: int, ffn: FFN, site: str, point: SitePoint) -> Any:
-        """Register the hook of one point and return its handle."""
-        act = self._action(number, ffn, site, point)
-        if point.side == "output":
+    def _attach(self) -> None:
+        """Attach every point: by a kernel that makes its rows where the form is known, else by a hook."""
+        acts = [self._act(number) for number in range(len(self._points))]
+        fuses = self.ledger.fusable and self._actions[0].fuses
+        for ffn in self.ffns if fuses else ():
+            numbers = {site: n for n, (other, site) in enumerate(self._points) if other is ffn}
+            undo = fusing.take_over(ffn, {site: acts[number] for site, number in numbers.items()})
+            self._undo |= {numbers[site]: function for site, function in undo.items()}
+        self._taken = set(self._undo)
+        for number, (ffn, site) in enumerate(self._points):
+            if number not in self._undo:
+                self._undo[number] = _hook(ffn.points[site], acts[number])
 
-            def after(module: nn.Module, args: Any, output: Any) -> Tensor:
-                return act(output)
+    def _act(self, number: int) -> fusing.Act:
+        action = self._actions[number]
 
-            return point.module.register_forward_hook(after)
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-            if args:
-                return (act(args[0]), *args[1:]), kwargs
-            name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-            return args, {**kwargs, name: act(kwargs[name])}
-
-        return point.module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def _action(self, number: int, ffn: FFN, site: str, point: SitePoint) -> Callable[[Tensor], Tensor]:
-        rule = None if self.rule is None or self.rule.is_dense else self.rule
-
-        def act(tensor: Tensor) -> Tensor:
+        def act(tensor: Tensor, producer: Producer | None = None) -> Tensor:
             if _PROBES and (probe := _PROBES.get(threading.get_ident())) is not None:
                 if probe is self:
                     self._fired.add(number)
-                return tensor
-            whole = tensor.shape[-1] == point.width
-            part = tensor if whole else tensor[..., point.start : point.start + point.width]
-            rows = part.reshape(-1, point.width)
-            frame = self.clock.rows(len(rows), rows.device)
+                return tensor if producer is None else fused.launch(tensor, producer=producer)
             self._fired.add(number)
-            kept_rows = rows
-            nonfinite = naive.nonfinite_rows(rows)
-            if rule is not None:
-                with torch.no_grad():
-                    if frame is not None and not isinstance(self.clock, FreeClock):
-                        sequence, counted = frame.sequence, frame.states != TokenState.PAD
-                    else:
-                        sequence, counted = _sequences(part), None
-                    mask = rule.keep(rows, Where(ffn.layer, site, point.weight, sequence, counted))
-                    mask = mask | nonfinite  # a NaN goes on to the read-out, it does not become zero
-                kept_rows = naive.zero_out(rows, mask)
-            if self.clock.counting and frame is not None:
-                self.ledger.add(number, rows.detach(), kept_rows.detach().bool(), nonfinite, frame)
-            if rule is None:
-                return tensor
-            result = kept_rows.view(part.shape)
-            if whole:
-                return result
-            return torch.cat([tensor[..., : point.start], result, tensor[..., point.start + point.width :]], dim=-1)
+            return action(tensor, producer)
 
         return act
+
+    def _check_norms(self) -> None:
+        """Give back the norms whose output goes elsewhere too: with a rule the model's output would not be the same."""
+        norms = [number for number in self._taken if self._points[number][1] == "input"]
+        ids = _one_token(self.model)
+        if norms and ids is not None and self._checked:
+            fused_output = self._probe_output(norms, ids)
+            for number in norms:
+                self._undo.pop(number)()
+                self._undo[number] = _hook(self._points[number][0].points["input"], self._act(number))
+            if fused_output is not None and torch.equal(fused_output, cast("Tensor", self._probe_output(norms, ids))):
+                for number in norms:
+                    self._undo.pop(number)()
+                    form = cast("GatedForm", self._points[number][0].form)
+                    self._undo[number] = fusing.take_over_norm(cast("nn.Module", form.norm), self._act(number))
+            else:
+                self._taken -= set(norms)
+                self.notes.append("input: the norm before the FFN feeds more than the FFN; a hook is used instead")
+        made = len(self._taken)
+        self.kernels = {"made by the kernel": made, "hooked": len(self._points) - made}
+
+    def _probe_output(self, norms: list[int], ids: Tensor) -> Tensor | None:
+        """Run the model with a strong rule on the inputs, and none elsewhere."""
+        before = [action.rule for action in self._actions]
+        for number, action in enumerate(self._actions):
+            action.use(registry.get("rules", "top_k")(0.3) if number in norms else None)
+        try:
+            with self.clock.paused(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                return _run_once(self.model, ids)
+        finally:
+            for action, rule in zip(self._actions, before, strict=True):
+                action.use(rule)
 
     def _dry_run(self) -> None:
         """Run one token through the model; every point must fire."""
@@ -205,8 +221,7 @@ class Tracker:
         _PROBES[threading.get_ident()] = self
         try:
             with self.clock.paused(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                accepts = inspect.signature(self.model.forward).parameters
-                self.model(input_ids=ids, **({"use_cache": False} if "use_cache" in accepts else {}))
+                _run_once(self.model, ids)
         except Exception as error:  # foreign models refuse one token in ways of their own
             self.notes.append(f"no dry run ({type(error).__name__}): sites are checked when the block ends")
             self._fired.clear()
@@ -250,11 +265,26 @@ def _is_compiled(model: nn.Module) -> bool:
     return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
 
 
-def _sequences(part: Tensor) -> Tensor:
-    """Number the sequences of a [batch, seq, width] tensor, one number a row; anything else is one sequence."""
-    batch = part.shape[0] if part.dim() == 3 else 1
-    rows = part.numel() // part.shape[-1]
-    return torch.arange(batch, device=part.device).repeat_interleave(rows // batch)
+def _hook(point: SitePoint, act: fusing.Act) -> Callable[[], None]:
+    """Hook one point and return what removes the hook."""
+    if point.side == "output":
+        return point.module.register_forward_hook(lambda module, args, output: act(output)).remove
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        if args:
+            return (act(args[0]), *args[1:]), kwargs
+        name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+        return args, {**kwargs, name: act(kwargs[name])}
+
+    return point.module.register_forward_pre_hook(before, with_kwargs=True).remove
+
+
+def _run_once(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """Run the model on some token ids and return its logits or last hidden states, if it has such."""
+    accepts = inspect.signature(model.forward).parameters
+    output = model(input_ids=ids, **({"use_cache": False} if "use_cache" in accepts else {}))
+    found = [output, getattr(output, "logits", None), getattr(output, "last_hidden_state", None)]
+    return next((value for value in found if isinstance(value, torch.Tensor)), None)
 
 
 def _one_token(model: nn.Module) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -56,7 +58,7 @@ def overlap_by_hand(sets: list[list[set]], width: int) -> list:
             for earlier in (sets[step - 1][row], sets[0][row]):
                 inter, union = len(kept & earlier), len(kept | earlier)
                 jaccard = inter / union if union else 1.0
-                line += [1, inter, union, len(earlier), round(jaccard * 2**32)]
+                line += [1, inter, union, len(earlier), math.floor(np.float32(jaccard) * 2**24)]
             rows.append(line)
         lines.append(rows)
     return [*lines, [zeros for _ in sets[0]]]

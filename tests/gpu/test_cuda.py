@@ -10,6 +10,7 @@ from dllm_sparsity.diffusion.backend import DiffusionBackend
 from dllm_sparsity.lm.base import Target
 from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
 from dllm_sparsity.sparsity.rule import Where
+from dllm_sparsity.sparsity.rules.random import Random
 from dllm_sparsity.sparsity.rules.top_p import TopP
 from dllm_sparsity.sparsity.sparsifier import sparsify
 
@@ -66,3 +67,80 @@ def test_a_forward_pass_does_not_wait_for_the_device():
                     torch.cuda.set_sync_debug_mode("default")
             clock.end()
     assert sum(tracker.read()["rows"]) == 2 * 2 * 18 * 2 * 2
+
+
+def denoise_steps(model, rule, steps, forward=None, sync_mode="default"):
+    """Run a request batch of denoising steps; `forward(ids, step)` may replace the model. Returns the reading."""
+    clock, ids = Clock(), torch.randint(5, 99, (2, 9), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    states = torch.full((2, 9), int(TokenState.MASKED), device="cuda")
+    states[0, :3] = TokenState.PAD
+    with sparsify(model, rule, "all", clock=clock) as tracker, torch.no_grad():
+        clock.begin(["a", "b"], steps)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(sync_mode)
+        try:
+            for step in range(steps):
+                clock.tick(Slot(Phase.DENOISE, step=step), states, Compare.PREVIOUS if step else Compare.START)
+                (forward or (lambda ids, _: model(input_ids=ids, use_cache=False)))(ids, step)
+                ids = (ids + 1) % 99 + 1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        clock.end()
+    return dict(tracker.read()), tracker.kernels
+
+
+@pytest.mark.parametrize("rule", [TopP(0.8), Random(0.8), None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_request_batch_never_waits_for_the_device(rule, dtype):
+    model = tiny.llama(causal=False).to("cuda", dtype).eval()
+    plain, _ = denoise_steps(model, rule, 4)
+    reading, _ = denoise_steps(model, rule, 4, sync_mode="error")
+    assert reading == plain
+    assert sum(reading["rows"]) == 4 * 18 * 2 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kernels_make_both_sites_of_a_llama(dtype):
+    model = tiny.llama(causal=False).to("cuda", dtype).eval()
+    _, kernels = denoise_steps(model, TopP(0.8), 1)
+    assert kernels == {"made by the kernel": 4, "hooked": 0}
+
+
+@pytest.mark.parametrize("rule", [TopP(0.8), None], ids=str)
+def test_a_captured_forward_pass_counts_the_same(rule):
+    model = tiny.llama(causal=False).to("cuda", torch.bfloat16).eval()
+    plain, _ = denoise_steps(model, rule, 6)
+    held, graph = torch.zeros(2, 9, dtype=torch.long, device="cuda"), torch.cuda.CUDAGraph()
+
+    def forward(ids, step):
+        held.copy_(ids)
+        if step == 0:  # also warms up
+            model(input_ids=held, attention_mask=full, use_cache=False)
+        elif step == 1:
+            with torch.cuda.graph(graph):
+                model(input_ids=held, attention_mask=full, use_cache=False)
+        if step:
+            graph.replay()
+
+    full = torch.zeros(2, 1, 9, 9, dtype=torch.bfloat16, device="cuda")
+    captured, _ = denoise_steps(model, rule, 6, forward)
+    assert captured == plain
+
+
+def test_one_compiled_graph_counts_the_same():
+    model = tiny.llama(causal=False).to("cuda", torch.float32).eval()
+    plain, _ = denoise_steps(model, TopP(0.8), 4)
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    backend, made = CompileCounterWithBackend("inductor"), {}
+
+    def forward(ids, step):
+        compiled = made.setdefault("model", torch.compile(model, backend=backend, fullgraph=True))
+        compiled(input_ids=ids, use_cache=False)
+
+    reading, _ = denoise_steps(model, TopP(0.8), 4, forward)
+    assert backend.frame_count == 1
+    for name in ("rows", "total", "step"):
+        assert reading[name] == plain[name]
+    assert sum(reading["kept"]) == pytest.approx(sum(plain["kept"]), rel=1e-2)  # inductor rounds otherwise

@@ -116,10 +116,11 @@ def validation_endings(rows: list[Item]) -> list[tuple[str, str, str]]:
     ]
 
 
-def held_out_endings(documents: list[Item]) -> list[tuple[str, str, str]]:
-    """Return the same of rows of the train split that were held out of training: to choose between runs."""
-    rows = [document for document in documents if document["part"] == "activitynet"]
-    return [(row["prompt"].partition(":")[0], row["prompt"].strip(), row["text"].strip()) for row in rows]
+def held_out_endings(documents: list[Item], part: str) -> list[tuple[str, str, str]]:
+    """Return the same of rows of a train split that were held out of training: to choose between runs."""
+    rows = [document for document in documents if document["part"] == part]
+    labels = [row["prompt"].partition(":")[0] if part == "activitynet" else row["prompt"] for row in rows]
+    return [(label, row["prompt"].strip(), row["text"].strip()) for label, row in zip(labels, rows, strict=True)]
 
 
 def _read(path: Path) -> list[Item]:
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--choosing", action="store_true", help="also write choosing.jsonl, from held-out train rows")
+    parser.add_argument("--choosing", action="store_true", help="also write two choosing_*.jsonl, from held-out train rows")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     known = json.loads((arguments.corpus / "overlap.json").read_text(encoding="utf-8"))
@@ -148,7 +149,8 @@ def main() -> None:
         "heldout_continuation": maker.continuations(held_out),
     }
     if arguments.choosing:
-        tasks["choosing"] = maker.easy_endings(held_out_endings(held_out))
+        for part in ("activitynet", "piqa"):
+            tasks[f"choosing_{part}"] = maker.easy_endings(held_out_endings(held_out, part))
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, items in tasks.items():
         lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]

@@ -74,8 +74,7 @@ class Trainer:
         self.loss = loss if arguments.eager else torch.compile(loss, dynamic=False)
         encode = AutoTokenizer.from_pretrained(arguments.tokenizer).encode
         self.items = {name: read_items(arguments.tasks / f"{name}.jsonl", encode, arguments.items) for name in TASKS}
-        if arguments.choosing:
-            self.items["choosing"] = read_items(arguments.choosing, encode, arguments.items)
+        self.items |= {path.stem: read_items(path, encode, arguments.items) for path in arguments.choosing}
 
     def set_rates(self, step: int, progress: float) -> None:
         """Set the learning rates: a linear warm-up, a constant part, a linear decay to a fiftieth."""
@@ -165,7 +164,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--noise", type=float, default=0.0, help="largest share of input tokens hidden, causal twin")
     parser.add_argument("--average", type=float, default=0.998)
-    parser.add_argument("--choosing", type=Path, help="items to choose between runs by; see making.items")
+    parser.add_argument("--choosing", type=Path, nargs="*", default=[], help="items to choose between runs by; see making.items")
     parser.add_argument("--items", type=int, default=1000)
     parser.add_argument("--hidden", type=int, default=320)
     parser.add_argument("--layers", type=int, default=5)

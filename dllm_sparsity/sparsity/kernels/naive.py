@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, UInt8
     from torch import Tensor
 
+JACCARD_UNITS = 2.0**24  # a Jaccard value of 1 in the fixed point that it is summed in
 _CHUNK = 32_768  # entries that a thread sorts and sums at a time, so that they stay in its core's cache
 
 
@@ -172,3 +173,23 @@ def count_bits(packed: UInt8[Tensor, "rows bytes"]) -> Int[Tensor, "rows"]:
     pairs = packed - (packed >> 1 & 0x55)
     fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
     return (fours + (fours >> 4) & 0x0F).sum(-1)
+
+
+def compare_sets(
+    kept: UInt8[Tensor, "rows bytes"], size: Int[Tensor, "rows"], earlier: UInt8[Tensor, "rows bytes"]
+) -> list[Int[Tensor, "rows"]]:
+    """Compare packed sets row by row.
+
+    Args:
+        kept: The sets now.
+        size: Entries of each.
+        earlier: The sets before.
+
+    Returns:
+        1, the intersection, the union, the size before, and the Jaccard value in fixed point, rounded down; two empty
+        sets are equal.
+    """
+    inter, before = count_bits(kept & earlier), count_bits(earlier)
+    union = size + before - inter
+    jaccard = torch.where(union > 0, inter.float() / union.clamp(min=1).float(), 1.0)
+    return [torch.ones_like(inter), inter, union, before, (jaccard * JACCARD_UNITS).long()]

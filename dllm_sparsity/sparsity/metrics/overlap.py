@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from dllm_sparsity.sparsity.clock import Compare, TokenState
-from dllm_sparsity.sparsity.kernels import naive
+from dllm_sparsity.sparsity.kernels import fused, naive
 from dllm_sparsity.sparsity.metric import Metric
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
     from dllm_sparsity.sparsity.clock import Frame
 
-_UNIT = 2.0**-32  # a Jaccard value is counted in steps of this size
+_UNIT = 1 / naive.JACCARD_UNITS  # a Jaccard value is counted in steps of this size
+_NO_START = "overlap: Compare.PREVIOUS without a Compare.START of this branch before it in the batch"
+_OTHER_ROWS = "overlap: {} rows now, {} one step before"
 _PARTS = ("rows", "inter", "union", "kept", "jaccard_sum")
 
 
@@ -36,10 +39,47 @@ class Overlap(Metric):
 
     def __init__(self) -> None:
         self._memory: dict[tuple[int, str], dict[str, Tensor]] = {}
+        self._sets: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # the same for the fused kernel; addresses stay
+        self._started: set[tuple[int, str]] = set()
 
     def begin(self) -> None:
         """Forget the kept sets of the request batch before."""
         self._memory.clear()
+        self._started.clear()
+
+    def prepare(self, points: Sequence[tuple[int, torch.device]], frame: Frame) -> None:
+        """Make room for the fused kernel's kept sets before a forward pass; where there is room, addresses stay.
+
+        Args:
+            points: Width and device of each point.
+            frame: Where the forward pass stands.
+        """
+        for point, (width, device) in enumerate(points):
+            key, shape = (point, frame.branch), (len(frame.index), fused.words(width))
+            known = self._sets.get(key)
+            if known is None or known[0].shape != shape:
+                if frame.compare is Compare.PREVIOUS and key in self._started:
+                    raise ValueError(_OTHER_ROWS.format(len(frame.index), known[0].shape[0] if known else 0))
+                with torch.inference_mode(False):
+                    pair = [torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2)]
+                self._sets[key] = (pair[0], pair[1])
+
+    def sets(self, point: int, frame: Frame) -> tuple[Int[Tensor, "rows words"], Int[Tensor, "rows words"]]:
+        """Return where the fused kernel keeps the sets of the step before and of the first step.
+
+        Args:
+            point: As in `Metric.count`.
+            frame: As in `Metric.count`.
+
+        Raises:
+            ValueError: As in `count`.
+        """
+        key = (point, frame.branch)
+        if not torch.compiler.is_compiling():
+            if frame.compare is Compare.PREVIOUS and key not in self._started:
+                raise ValueError(_NO_START)
+            self._started.add(key)
+        return self._sets[key]
 
     def count(
         self, point: int, rows: Float[Tensor, "rows width"], kept: Bool[Tensor, "rows width"], frame: Frame
@@ -58,27 +98,21 @@ class Overlap(Metric):
         """
         if frame.compare is Compare.OFF:
             return torch.zeros(len(kept), len(self.columns), dtype=torch.long, device=kept.device)
-        key = (point, frame.slot.branch)
+        key = (point, frame.branch)
         if frame.compare is Compare.START:
             packed = naive.pack_bits(kept)
             self._memory[key] = {"prev": packed, "first": packed}
             return torch.zeros(len(kept), len(self.columns), dtype=torch.long, device=kept.device)
         memory = self._memory.get(key)
         if memory is None:
-            raise ValueError("overlap: Compare.PREVIOUS without a Compare.START of this branch before it in the batch")
+            raise ValueError(_NO_START)
         packed = naive.pack_bits(kept)
         if memory["prev"].shape != packed.shape:
-            raise ValueError(f"overlap: {len(kept)} rows now, {len(memory['prev'])} one step before")
+            raise ValueError(_OTHER_ROWS.format(len(kept), len(memory["prev"])))
         size = naive.count_bits(packed)
-        counts = [column for against in ("prev", "first") for column in _compare(packed, size, memory[against])]
+        counts = [
+            column for against in ("prev", "first") for column in naive.compare_sets(packed, size, memory[against])
+        ]
         idle = (frame.states == TokenState.PAD).unsqueeze(-1)  # a row that waits for others keeps its last real step
         memory["prev"] = torch.where(idle, memory["prev"], packed)
         return torch.stack(counts, dim=-1)
-
-
-def _compare(kept: Tensor, size: Tensor, earlier: Tensor) -> list[Tensor]:
-    """Return the five parts for one earlier kept set; both are packed."""
-    inter, before = naive.count_bits(kept & earlier), naive.count_bits(earlier)
-    union = size + before - inter
-    jaccard = torch.where(union > 0, inter.double() / union.clamp(min=1), 1.0)
-    return [torch.ones_like(inter), inter, union, before, (jaccard / _UNIT).round().long()]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dllm_sparsity.sparsity.rule import CutoffRule
+from dllm_sparsity.sparsity.rule import Cut, CutoffRule
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -45,3 +45,11 @@ class MaxP(CutoffRule):
         """
         # at least float32, so that rounding to a 16-bit type cannot lift the cutoff above the maximum
         return self.p * scores.amax(-1, keepdim=True).to(torch.promote_types(scores.dtype, torch.float32))
+
+    def fused(self, width: int) -> Cut | None:
+        """Return the cutoff for the fused kernel.
+
+        Args:
+            width: As in `Rule.fused`.
+        """
+        return Cut("max_p", self.p)

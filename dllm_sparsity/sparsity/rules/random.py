@@ -69,7 +69,7 @@ class Random(Rule):
         """
         nonzero = rows != 0
         count = naive.count_true(self._rule.keep(rows, where) & nonzero)
-        bits = rows.detach().float().contiguous().view(torch.int32).long()
+        bits = (rows.detach().float() + 0.0).contiguous().view(torch.int32).long()  # -0.0 and 0.0 are one value
         place = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
         salt = (self.seed * 1_000_003 + where.layer) * 1_009 + sum(where.site.encode())
         signed = (salt * _MIX[1] + (1 << 63)) % (1 << 64) - (1 << 63)  # a Python integer does not wrap by itself

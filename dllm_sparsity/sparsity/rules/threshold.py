@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dllm_sparsity.sparsity.rule import CutoffRule
+from dllm_sparsity.sparsity.rule import Cut, CutoffRule
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -46,3 +46,11 @@ class Threshold(CutoffRule):
             scores: From `score`.
         """
         return torch.full_like(scores[:, :1], self.activation_threshold, dtype=torch.float32)
+
+    def fused(self, width: int) -> Cut | None:
+        """Return the cutoff for the fused kernel.
+
+        Args:
+            width: As in `Rule.fused`.
+        """
+        return Cut("threshold", self.activation_threshold)

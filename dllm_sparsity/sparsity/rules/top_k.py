@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from dllm_sparsity.sparsity.kernels import naive
-from dllm_sparsity.sparsity.rule import CutoffRule
+from dllm_sparsity.sparsity.rule import Cut, CutoffRule
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -53,3 +53,11 @@ class TopK(CutoffRule):
             scores: From `score`.
         """
         return naive.top_k_cutoff(scores, self.count(scores.shape[-1]))
+
+    def fused(self, width: int) -> Cut | None:
+        """Return the cutoff for the fused kernel.
+
+        Args:
+            width: As in `Rule.fused`.
+        """
+        return Cut("top_k", self.count(width))

@@ -10,7 +10,7 @@ import torch
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.sparsity.kernels import naive
-from dllm_sparsity.sparsity.rule import CutoffRule, Where
+from dllm_sparsity.sparsity.rule import Cut, CutoffRule, Where
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -55,7 +55,7 @@ class TopP(CutoffRule):
         return self.p
 
     def score(self, rows: Float[Tensor, "rows width"], where: Where) -> Float[Tensor, "rows width"]:
-        """Return |x|**power; powers other than 1 in float64, scaled by the row's maximum against overflow.
+        """Return |x|**power; powers other than 1 in float64, rows scaled by a power of two against overflow.
 
         Args:
             rows: As in `keep`.
@@ -64,7 +64,8 @@ class TopP(CutoffRule):
         if self.power == 1.0:
             return rows.abs()
         magnitude = rows.abs().double()
-        return (magnitude / magnitude.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)) ** self.power
+        exponent = torch.frexp(magnitude.amax(-1, keepdim=True)).exponent
+        return torch.ldexp(magnitude, 1 - exponent) ** self.power
 
     def cutoff(self, scores: Float[Tensor, "rows width"]) -> Float[Tensor, "rows 1"]:
         """Return the lowest score that is kept in each row.
@@ -101,3 +102,12 @@ class TopP(CutoffRule):
                 flat = rows[members].reshape(1, -1)
                 mask[members] = self._keep(flat, where).view(-1, rows.shape[-1])
         return mask
+
+    def fused(self, width: int) -> Cut | None:
+        """Return the cutoff for the fused kernel.
+
+        Args:
+            width: As in `Rule.fused`.
+        """
+        plain = self.scope == "token" and self.ties == "keep"
+        return Cut("top_p", self.p, self.power) if plain else None

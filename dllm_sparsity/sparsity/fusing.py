@@ -1,0 +1,162 @@
+"""Kernels that take over from the modules which make a site's rows, so that the rule costs no pass of its own.
+
+Nothing is known by name: a form is taken over only where, on random rows, the kernel gives the module's own bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from dllm_sparsity.sparsity.kernels import fused
+from dllm_sparsity.sparsity.kernels.fused import Producer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dllm_sparsity.sparsity.sites import FFN, GatedForm
+
+Act = Callable[..., "Tensor"]
+_ROWS = 64  # random rows that a form must agree on
+_MULTIPLIED = ("silu_mul", "gelu_tanh_mul")
+
+
+def gate_producer(form: GatedForm) -> str | None:
+    """Return the producer that equals activation(gate) * up and the module's whole forward pass bit for bit, or None.
+
+    Args:
+        form: A gated FFN.
+    """
+    if _watched(form.activation, form.module) or _watched(form.down):
+        return None
+    weight = next(form.down.parameters(), None)
+    shape = getattr(form.gate, "in_features", None), getattr(form.down, "in_features", None)
+    if weight is None or None in shape or not _possible(weight, shape[1]):
+        return None
+    with torch.no_grad(), _chance(weight):
+        gate, up = (torch.randn(_ROWS, shape[1], dtype=weight.dtype, device=weight.device) * 3 for _ in range(2))
+        wanted = form.activation(gate) * up
+        for kind in _MULTIPLIED:
+            if torch.equal(fused.launch(gate, producer=Producer(kind, up)), wanted):
+                x = torch.randn(1, _ROWS, shape[0], dtype=weight.dtype, device=weight.device)
+                ours = form.down(_gated(form, x, kind, lambda rows, producer: fused.launch(rows, producer=producer)))
+                return kind if torch.equal(ours, form.module(x)) else None
+    return None
+
+
+def norm_producer(form: GatedForm, width: int) -> bool:
+    """Return whether the norm before a gated FFN is an RMSNorm that the kernel equals bit for bit.
+
+    Args:
+        form: A gated FFN.
+        width: Entries of its input.
+    """
+    norm = form.norm
+    weight = getattr(norm, "weight", None)
+    if norm is None or not isinstance(weight, torch.Tensor) or _watched(norm, form.module):
+        return False
+    if weight.shape != (width,) or _eps(norm) is None or not _possible(weight, width):
+        return False
+    with torch.no_grad(), _chance(weight):
+        x = torch.randn(1, _ROWS, width, dtype=weight.dtype, device=weight.device)
+        return torch.equal(_normed(norm, x, lambda rows, producer: fused.launch(rows, producer=producer)), norm(x))
+
+
+def take_over(ffn: FFN, acts: dict[str, Act]) -> dict[str, Callable[[], None]]:
+    """Let kernels make and sparsify what they can of a layer's sites.
+
+    Args:
+        ffn: The layer.
+        acts: Site -> what takes its rows and a producer and gives the rows after the rule.
+
+    Returns:
+        Site -> what undoes it, for the sites taken over.
+    """
+    form, undo = ffn.form, {}
+    if form is None:
+        return undo
+    if "input" in acts and norm_producer(form, ffn.d_model):
+        undo["input"] = take_over_norm(cast("nn.Module", form.norm), acts["input"])
+    if "intermediate" in acts and not {"gate", "up"} & acts.keys() and (kind := gate_producer(form)):
+        undo["intermediate"] = take_over_gate(form, kind, acts["intermediate"])
+    return undo
+
+
+def take_over_gate(form: GatedForm, kind: str, act: Act) -> Callable[[], None]:
+    """Let the kernel make and sparsify `intermediate`; returns what undoes it.
+
+    Args:
+        form: A gated FFN.
+        kind: From `gate_producer`.
+        act: Takes the gate's rows and a producer, gives the rows after the rule.
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        return form.down(_gated(form, x, kind, act))
+
+    return _replace_forward(form.module, forward)
+
+
+def take_over_norm(norm: nn.Module, act: Act) -> Callable[[], None]:
+    """Let the kernel make and sparsify `input`; returns what undoes it.
+
+    Args:
+        norm: An RMSNorm that `norm_producer` accepted.
+        act: As in `take_over_gate`.
+    """
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        return _normed(norm, hidden_states, act)
+
+    return _replace_forward(norm, forward)
+
+
+def _gated(form: GatedForm, x: Tensor, kind: str, act: Act) -> Tensor:
+    gate, up = form.gate(x), form.up(x)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return act(form.activation(gate) * up, None)
+    return act(gate.flatten(0, -2), Producer(kind, up.flatten(0, -2))).view(gate.shape)
+
+
+def _normed(norm: nn.Module, x: Tensor, act: Act) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad):
+        return act(type(norm).forward(norm, x), None)
+    square = x.float().pow(2).mean(-1)  # torch's own sum, whose order a kernel could not copy
+    producer = Producer("rms_norm", square.flatten(), norm.weight, _eps(norm))
+    return act(x.flatten(0, -2), producer).view(x.shape)
+
+
+def _eps(norm: nn.Module | None) -> float | None:
+    value = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return value if isinstance(value, float) else None
+
+
+def _possible(weight: Tensor, width: int) -> bool:
+    row = torch.empty(1, width, dtype=weight.dtype, device=weight.device)
+    return weight.is_floating_point() and fused.makes(row)
+
+
+def _watched(*modules: nn.Module) -> bool:
+    """Return whether someone else hooks one of the modules, or replaced its forward pass."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or module.training
+        for module in modules
+    )
+
+
+def _chance(weight: Tensor) -> torch.random.fork_rng:  # type: ignore[valid-type]
+    """Leave the random state as it was."""
+    devices = [weight.device] if weight.is_cuda else []
+    return torch.random.fork_rng(devices=devices)
+
+
+def _replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
+    module.forward = forward
+
+    def undo() -> None:
+        del module.forward
+
+    return undo
