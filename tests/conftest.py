@@ -10,9 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the GPU kernels' code runs on the CPU; read when they are imported
 
-from material import material, study  # noqa: E402, F401 - fixtures
-from tiny_families import VOCAB, tiny_model  # noqa: E402
-from torch import nn  # noqa: E402
+from material import material, study  # noqa: F401 - fixtures
+from tiny_families import VOCAB, tiny_model
+from torch import nn
 
 
 @pytest.fixture(scope="session")

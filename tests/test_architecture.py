@@ -111,6 +111,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(name_of(p)) in ("sparsity", "families")], ids=ids)
 def test_the_core_needs_torch_and_numpy_alone(path: Path) -> None:
     allowed = {"torch", "numpy", "dllm_sparsity", *sys.stdlib_module_names}
+    if path.parent.name == "kernels":
+        allowed.add("triton")  # comes with torch for a GPU; on a CPU nothing asks for it
     assert {name.split(".")[0] for name in imports(path, types=False)} <= allowed
     assert {name.split(".")[0] for name in imports(path)} <= {*allowed, "jaxtyping"}
 
@@ -193,8 +195,8 @@ def test_every_public_name_is_documented(path: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("path", FILES, ids=ids)
-def test_every_argument_is_annotated(path: Path) -> None:
+@pytest.mark.parametrize("path", [path for path in FILES if not path.stem.startswith("triton")], ids=ids)
+def test_every_argument_is_annotated(path: Path) -> None:  # Triton's functions take no Python types
     bare = [
         f"{node.name}({argument.arg})"
         for node in public(tree_of(path))

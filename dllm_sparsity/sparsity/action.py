@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from dllm_sparsity.sparsity.clock import Clock, FreeClock, TokenState
-from dllm_sparsity.sparsity.kernels import fused, naive
+from dllm_sparsity.sparsity.kernels import fused, naive, operator
 from dllm_sparsity.sparsity.rule import Rule, Where
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Action:
                 counters = self.ledger.counters(self.number, rows, frame)
             cut = self._cut if producer is not None or fused.takes(rows) else None
             mask = None if self.rule is None or cut is not None else self._keep(rows, part, frame)
-            return fused.apply(rows, cut, mask, counters, producer)
+            return operator.apply(rows, cut, mask, counters, producer)
 
     def _plain(self, rows: Tensor, part: Tensor, frame: Frame | None) -> Tensor:
         kept_rows = rows

@@ -83,16 +83,25 @@ class Frame:
     sequence: Int[Tensor, "rows"]  # batch row
     states: Int[Tensor, "rows"]
     code: Int[Tensor, ""] | None = None  # `compare.code`, int32, on the device
-    _moved: dict[torch.device, Frame] = field(default_factory=dict)
+    _moved: dict[torch.device, Frame] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.branch, self.comparing = self.slot.branch, self.compare is not Compare.OFF
         if self.code is None:
             self.code = torch.full((), self.compare.code, dtype=torch.int32, device=self.index.device)
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what a device holds of it."""
         return self.index, self.sequence, self.states, cast("Tensor", self.code)
+
+    def on(self, *tensors: Tensor) -> Frame:
+        """Return this frame with other tensors.
+
+        Args:
+            tensors: In the order of `tensors`.
+        """
+        index, sequence, states, code = tensors
+        return Frame(self.slot, self.compare, index, sequence, states, code)
 
     def to(self, device: torch.device) -> Frame:
         """Return this frame on another device; the copy is made once a forward pass.
@@ -103,7 +112,7 @@ class Frame:
         if device == self.index.device:
             return self
         if device not in self._moved:
-            self._moved[device] = Frame(self.slot, self.compare, *(tensor.to(device) for tensor in self.tensors()))
+            self._moved[device] = self.on(*(tensor.to(device) for tensor in self.tensors()))
         return self._moved[device]
 
 
@@ -198,11 +207,11 @@ class Clock:
         held = self._held
         if held is None or held.index.shape != frame.index.shape or held.index.device != frame.index.device:
             with torch.inference_mode(False):  # else they could be written to in inference mode only
-                held = self._held = Frame(frame.slot, frame.compare, *(tensor.clone() for tensor in frame.tensors()))
+                held = self._held = frame.on(*(tensor.clone() for tensor in frame.tensors()))
             return held
         for mine, new in zip(held.tensors(), frame.tensors(), strict=True):
             mine.copy_(new)
-        return Frame(frame.slot, frame.compare, *held.tensors())
+        return frame.on(*held.tensors())
 
     def end(self) -> None:
         """Close the request batch: counters are read once and folded into records."""

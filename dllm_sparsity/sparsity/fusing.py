@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Act = Callable[..., "Tensor"]
 _ROWS = 64  # random rows that a form must agree on
-_MULTIPLIED = ("silu_mul", "gelu_tanh_mul")
+_MULTIPLIED = ("silu_mul", "gelu_tanh_mul", "gelu_mul")
 
 
 def gate_producer(form: GatedForm) -> str | None:
@@ -33,15 +33,15 @@ def gate_producer(form: GatedForm) -> str | None:
     if _watched(form.activation, form.module) or _watched(form.down):
         return None
     weight = next(form.down.parameters(), None)
-    shape = getattr(form.gate, "in_features", None), getattr(form.down, "in_features", None)
-    if weight is None or None in shape or not _possible(weight, shape[1]):
+    hidden, width = getattr(form.gate, "in_features", 0), getattr(form.down, "in_features", 0)
+    if weight is None or not hidden or not width or not _possible(weight, width):
         return None
     with torch.no_grad(), _chance(weight):
-        gate, up = (torch.randn(_ROWS, shape[1], dtype=weight.dtype, device=weight.device) * 3 for _ in range(2))
+        gate, up = (torch.randn(_ROWS, width, dtype=weight.dtype, device=weight.device) * 3 for _ in range(2))
         wanted = form.activation(gate) * up
         for kind in _MULTIPLIED:
             if torch.equal(fused.launch(gate, producer=Producer(kind, up)), wanted):
-                x = torch.randn(1, _ROWS, shape[0], dtype=weight.dtype, device=weight.device)
+                x = torch.randn(1, _ROWS, hidden, dtype=weight.dtype, device=weight.device)
                 ours = form.down(_gated(form, x, kind, lambda rows, producer: fused.launch(rows, producer=producer)))
                 return kind if torch.equal(ours, form.module(x)) else None
     return None
@@ -125,7 +125,7 @@ def _normed(norm: nn.Module, x: Tensor, act: Act) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad):
         return act(type(norm).forward(norm, x), None)
     square = x.float().pow(2).mean(-1)  # torch's own sum, whose order a kernel could not copy
-    producer = Producer("rms_norm", square.flatten(), norm.weight, _eps(norm))
+    producer = Producer("rms_norm", square.flatten(), cast("Tensor", norm.weight), _eps(norm) or 0.0)
     return act(x.flatten(0, -2), producer).view(x.shape)
 
 

@@ -131,7 +131,7 @@ class Ledger:
         Raises:
             ValueError: As in `Overlap.count`.
         """
-        if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        if rows.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
             self._captured = True
         code, sets = None, (None, None)
         if frame.comparing and len(self.metrics) == 2:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from dllm_sparsity.sparsity import fusing
 from dllm_sparsity.sparsity import sites as site_names
 from dllm_sparsity.sparsity.action import Action
 from dllm_sparsity.sparsity.clock import Clock, FreeClock
+from dllm_sparsity.sparsity.hooks import hook, is_compiled, one_token, run_once
 from dllm_sparsity.sparsity.kernels import fused
 from dllm_sparsity.sparsity.ledger import Ledger, Point
 from dllm_sparsity.sparsity.reading import Reading
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dllm_sparsity.sparsity.kernels.fused import Producer
-    from dllm_sparsity.sparsity.sites import FFN, GatedForm, SitePoint
+    from dllm_sparsity.sparsity.sites import FFN, GatedForm
 
 _PROBES: dict[int, Tracker] = {}  # thread -> the tracker whose dry run it is in; all other trackers hold still
 NO_CLOCK = "no clock: phase is forward, token state is unknown, padding is counted, overlap is off"
@@ -81,7 +81,7 @@ class Tracker:
     ) -> None:
         if rule is not None and not isinstance(rule, Rule):
             raise UserError(f"{rule!r} is not a rule", "give one such as TopP(0.9), or None to count only")
-        if _is_compiled(model):
+        if is_compiled(model):
             raise UserError(
                 "the model is compiled already, so hooks would not fire", "sparsify first, then torch.compile"
             )
@@ -166,7 +166,7 @@ class Tracker:
         self._taken = set(self._undo)
         for number, (ffn, site) in enumerate(self._points):
             if number not in self._undo:
-                self._undo[number] = _hook(ffn.points[site], acts[number])
+                self._undo[number] = hook(ffn.points[site], acts[number])
 
     def _act(self, number: int) -> fusing.Act:
         action = self._actions[number]
@@ -184,12 +184,12 @@ class Tracker:
     def _check_norms(self) -> None:
         """Give back the norms whose output goes elsewhere too: with a rule the model's output would not be the same."""
         norms = [number for number in self._taken if self._points[number][1] == "input"]
-        ids = _one_token(self.model)
+        ids = one_token(self.model)
         if norms and ids is not None and self._checked:
             fused_output = self._probe_output(norms, ids)
             for number in norms:
                 self._undo.pop(number)()
-                self._undo[number] = _hook(self._points[number][0].points["input"], self._act(number))
+                self._undo[number] = hook(self._points[number][0].points["input"], self._act(number))
             if fused_output is not None and torch.equal(fused_output, cast("Tensor", self._probe_output(norms, ids))):
                 for number in norms:
                     self._undo.pop(number)()
@@ -198,7 +198,11 @@ class Tracker:
             else:
                 self._taken -= set(norms)
                 self.notes.append("input: the norm before the FFN feeds more than the FFN; a hook is used instead")
-        made = len(self._taken)
+        made, gpu = len(self._taken), [ffn.device_of.is_cuda for ffn in self.ffns]
+        possible = [site for _, site in self._points if site in ("input", "intermediate")]
+        if all(gpu) and self.ledger.fusable and made < len(possible):
+            left = len(possible) - made
+            self.notes.append(f"{left} sites are hooked: their modules are not of a form that the kernel takes over")
         self.kernels = {"made by the kernel": made, "hooked": len(self._points) - made}
 
     def _probe_output(self, norms: list[int], ids: Tensor) -> Tensor | None:
@@ -208,20 +212,20 @@ class Tracker:
             action.use(registry.get("rules", "top_k")(0.3) if number in norms else None)
         try:
             with self.clock.paused(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                return _run_once(self.model, ids)
+                return run_once(self.model, ids)
         finally:
             for action, rule in zip(self._actions, before, strict=True):
                 action.use(rule)
 
     def _dry_run(self) -> None:
         """Run one token through the model; every point must fire."""
-        ids = _one_token(self.model)
+        ids = one_token(self.model)
         if ids is None:
             return
         _PROBES[threading.get_ident()] = self
         try:
             with self.clock.paused(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                _run_once(self.model, ids)
+                run_once(self.model, ids)
         except Exception as error:  # foreign models refuse one token in ways of their own
             self.notes.append(f"no dry run ({type(error).__name__}): sites are checked when the block ends")
             self._fired.clear()
@@ -259,39 +263,3 @@ def _choose(ffns: list[FFN], sites: tuple[str, ...], layers: Iterable[int] | Non
                 reason = ffn.missing.get(site, "its form has no such site")
                 raise UserError(f"{ffn.name} has no site {site}: {reason}", f"it has: {', '.join(ffn.points)}")
     return ffns
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
-
-
-def _hook(point: SitePoint, act: fusing.Act) -> Callable[[], None]:
-    """Hook one point and return what removes the hook."""
-    if point.side == "output":
-        return point.module.register_forward_hook(lambda module, args, output: act(output)).remove
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        if args:
-            return (act(args[0]), *args[1:]), kwargs
-        name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-        return args, {**kwargs, name: act(kwargs[name])}
-
-    return point.module.register_forward_pre_hook(before, with_kwargs=True).remove
-
-
-def _run_once(model: nn.Module, ids: Tensor) -> Tensor | None:
-    """Run the model on some token ids and return its logits or last hidden states, if it has such."""
-    accepts = inspect.signature(model.forward).parameters
-    output = model(input_ids=ids, **({"use_cache": False} if "use_cache" in accepts else {}))
-    found = [output, getattr(output, "logits", None), getattr(output, "last_hidden_state", None)]
-    return next((value for value in found if isinstance(value, torch.Tensor)), None)
-
-
-def _one_token(model: nn.Module) -> Tensor | None:
-    """Return one token id where the model takes token ids, else None."""
-    parameters = inspect.signature(model.forward).parameters
-    find: Any = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find() if find is not None else None, "weight", None)
-    if "input_ids" not in parameters or not isinstance(weight, torch.Tensor):
-        return None
-    return torch.zeros(1, 1, dtype=torch.long, device=weight.device)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dllm_sparsity import registry
 from dllm_sparsity.sparsity import fusing
 from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
 from dllm_sparsity.sparsity.kernels import fused, naive
@@ -115,7 +114,7 @@ def test_a_given_mask_and_the_kept_mass() -> None:
 
 ENTRIES = st.floats(-1000, 1000, width=32, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-6)
 ROWS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12), elements=ENTRIES)
-FEW = settings(max_examples=12, deadline=None)
+FEW = settings(max_examples=10, deadline=None)
 
 
 @FEW
@@ -170,7 +169,7 @@ def kernels_on(monkeypatch: pytest.MonkeyPatch) -> object:
 
 @pytest.mark.parametrize(
     ("rule", "sites"),
-    [(TopK(0.4), "all"), (TopP(0.8, ties="minimal"), "intermediate"), (Random(0.7), ("gate", "up")), (None, "input")],
+    [(MaxP(0.2), "all"), (TopP(0.8, ties="minimal"), "intermediate"), (Random(0.7), ("gate", "up")), (None, "input")],
     ids=str,
 )
 def test_a_model_counts_the_same(rule: Rule | None, sites: str, kernels_on: object) -> None:
@@ -227,7 +226,7 @@ def test_a_norm_that_feeds_more_than_the_ffn_is_left_alone(kernels_on: object) -
 @pytest.mark.parametrize("kind", fusing._MULTIPLIED)
 def test_producers_round_as_the_modules_do(kind: str) -> None:
     gate, up = torch.randn(20, 300).bfloat16(), torch.randn(20, 300).bfloat16()
-    approximate = {"approximate": "tanh"} if "gelu" in kind else {}
+    approximate = {"approximate": "tanh"} if "tanh" in kind else {}
     act = torch.nn.functional.gelu if "gelu" in kind else torch.nn.functional.silu
     wanted = act(gate.to(DEVICE), **approximate) * up.to(DEVICE)
     made = fused.launch(gate.to(DEVICE), producer=fused.Producer(kind, up.to(DEVICE)))

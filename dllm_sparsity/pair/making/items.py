@@ -134,7 +134,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--choosing", action="store_true", help="also write two choosing_*.jsonl, from held-out train rows")
+    parser.add_argument(
+        "--choosing", action="store_true", help="also write two choosing_*.jsonl, from held-out train rows"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     known = json.loads((arguments.corpus / "overlap.json").read_text(encoding="utf-8"))

@@ -15,7 +15,8 @@ def attention_bias(segment: Tensor, causal: bool) -> Tensor:
     allowed = segment[:, :, None] == segment[:, None, :]
     if causal:
         allowed = allowed.tril()
-    kind = torch.get_autocast_dtype(segment.device.type)
+    device = segment.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     return torch.zeros(allowed.shape, dtype=kind, device=segment.device).masked_fill(~allowed, -1e4)[:, None]
 
 

@@ -164,7 +164,9 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--noise", type=float, default=0.0, help="largest share of input tokens hidden, causal twin")
     parser.add_argument("--average", type=float, default=0.998)
-    parser.add_argument("--choosing", type=Path, nargs="*", default=[], help="items to choose between runs by; see making.items")
+    parser.add_argument(
+        "--choosing", type=Path, nargs="*", default=[], help="items to choose between runs by; see making.items"
+    )
     parser.add_argument("--items", type=int, default=1000)
     parser.add_argument("--hidden", type=int, default=320)
     parser.add_argument("--layers", type=int, default=5)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dllm_sparsity.sparsity.kernels import naive
 from dllm_sparsity.sparsity.rule import Cut
 
 if TYPE_CHECKING:
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WIDEST = 65_536
-PAD = 6  # TokenState.PAD
+_INSTALLED = importlib.util.find_spec("triton") is not None and torch.version.hip is None
 _TILE = 16_384  # entries of a row that stay in registers
 _STEPS = {torch.bfloat16: 1 << 16, torch.float16: 1 << 13, torch.float32: 1}  # float32 bits between neighbours
+_FEW_ROWS = 264  # two for each multiprocessor: then no row waits for another
 _REGISTERS = {16_384: 80, 4096: 64}  # tile -> a thread's registers, where fewer let more rows be in flight
 _KINDS = {"top_p": 1, "top_k": 2, "max_p": 3, "threshold": 4}
-PRODUCERS = {"silu_mul": 1, "gelu_tanh_mul": 2, "rms_norm": 3}
+PRODUCERS = {"silu_mul": 1, "gelu_tanh_mul": 2, "rms_norm": 3, "gelu_mul": 4}
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Producer:
     """What makes the rows, so that they need not be written and read again.
 
     Args:
-        kind: `silu_mul` (rows are the gate before its activation, other the up projection) or `rms_norm` (other is the
-            mean square of each row, float32).
+        kind: `silu_mul`, `gelu_mul`, `gelu_tanh_mul` (rows are the gate before its activation, other the up projection)
+            or `rms_norm` (other is the mean square of each row, float32).
         other: `[rows, width]` or `[rows]`.
         weight: The norm's weight.
         eps: Of the norm.
@@ -65,14 +67,12 @@ class Producer:
 
 
 @cache
-def _kernel() -> tuple[object, bool] | None:
-    """Return the kernel and whether it is interpreted on the host, or None where Triton is not installed."""
-    try:
-        import triton
+def _kernel() -> tuple[Any, bool]:
+    """Return the kernel and whether it is interpreted on the host."""
+    import triton
 
-        from dllm_sparsity.sparsity.kernels.triton import sparsify_kernel
-    except ImportError:
-        return None
+    from dllm_sparsity.sparsity.kernels.triton import sparsify_kernel
+
     return sparsify_kernel, not isinstance(sparsify_kernel, triton.JITFunction)
 
 
@@ -84,7 +84,7 @@ def takes(rows: Tensor) -> bool:
     """
     if rows.dtype not in _STEPS or not 0 < rows.shape[-1] <= WIDEST or (rows.requires_grad and torch.is_grad_enabled()):
         return False
-    return rows.is_cuda and _kernel() is not None
+    return rows.is_cuda and _INSTALLED
 
 
 def makes(rows: Tensor) -> bool:
@@ -94,78 +94,6 @@ def makes(rows: Tensor) -> bool:
         rows: Rows of the kind, `[rows, width]`.
     """
     return takes(rows) and rows.shape[-1] <= _TILE
-
-
-def apply(
-    rows: Float[Tensor, "rows width"],
-    cut: Cut | None,
-    mask: Bool[Tensor, "rows width"] | None,
-    counters: Counters | None,
-    producer: Producer | None = None,
-) -> Float[Tensor, "rows width"]:
-    """Do what `launch` does, as one operator where torch.compile traces.
-
-    Args:
-        rows: As in `launch`.
-        cut: As in `launch`.
-        mask: As in `launch`.
-        counters: As in `launch`.
-        producer: As in `launch`.
-    """
-    if not torch.compiler.is_compiling():
-        return launch(rows, cut, mask=mask, counters=counters, producer=producer)
-    made = _operator(
-        rows,
-        mask,
-        counters.table if counters else None,
-        counters.index if counters else None,
-        counters.states if counters else None,
-        counters.compare if counters else None,
-        counters.previous if counters else None,
-        counters.first if counters else None,
-        producer.other if producer else None,
-        producer.weight if producer else None,
-        producer.kind if producer else "",
-        producer.eps if producer else 0.0,
-        cut.kind if cut else "",
-        float(cut.value) if cut else 0.0,
-        float(cut.power) if cut else 1.0,
-    )
-    return made if cut or mask is not None or producer else rows
-
-
-@torch.library.custom_op("dllm_sparsity::sparsify_rows", mutates_args=("table", "previous", "first"))
-def _operator(
-    rows: torch.Tensor,
-    mask: torch.Tensor | None,
-    table: torch.Tensor | None,
-    index: torch.Tensor | None,
-    states: torch.Tensor | None,
-    compare: torch.Tensor | None,
-    previous: torch.Tensor | None,
-    first: torch.Tensor | None,
-    other: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    producer: str,
-    eps: float,
-    kind: str,
-    value: float,
-    power: float,
-) -> torch.Tensor:
-    counters = None if table is None else Counters(table, index, states, compare, previous, first)
-    made = Producer(producer, other, weight, eps) if producer else None
-    cut = Cut(kind, value, power) if kind else None
-    if takes(rows):
-        result = launch(rows, cut, mask=mask, counters=counters, producer=made)
-    else:
-        result = _by_hand(rows, mask, counters)
-    return rows.new_empty(0) if result is rows else result  # an operator may not return what it was given
-
-
-@_operator.register_fake
-def _(rows: torch.Tensor, mask: torch.Tensor | None, *rest: object) -> torch.Tensor:
-    writes = mask is not None or rest[8] or rest[10]
-    return rows.new_empty(rows.shape if writes else (0,))
 
 
 def launch(
@@ -198,75 +126,52 @@ def launch(
         out = torch.empty(count, width, dtype=rows.dtype, device=rows.device) if writes else rows
     if count == 0:
         return out
-    found = _kernel()
-    if found is None:
-        raise RuntimeError("the fused kernel needs the package triton")
-    kernel, host = found
+    kernel, host = _kernel()
     tile, tiles, warps = tiling(width)
-    registers = _REGISTERS.get(tile)
+    registers = _REGISTERS.get(tile) if count > _FEW_ROWS else None
     overlap = counters is not None and counters.previous is not None
     number = 5 if mask is not None else 0 if cut is None else _KINDS[cut.kind]
     power = 1.0 if cut is None else cut.power
-    kernel[(count,)](  # type: ignore[index]
-        rows,
-        producer.other if producer else None,
-        producer.weight if producer else None,
-        out,
-        mask,
-        counters.index if counters else None,
-        counters.states if counters else None,
-        counters.table if counters else None,
-        counters.compare if counters else None,
-        counters.previous if counters else None,
-        counters.first if counters else None,
-        mass,
-        rows.stride(0),
-        rows.stride(1),
-        producer.other.stride(0) if producer else 0,
-        mask.stride(0) if mask is not None else 0,
-        width,
-        0.0 if cut is None else float(cut.value),
-        float(power),
-        0.0 if cut is None else _first_guess(cut, width),
-        producer.eps if producer else 0.0,
-        KIND=number,
-        POWER=power if power in (1.0, 2.0) else 0.0,
-        PRODUCER=PRODUCERS[producer.kind] if producer else 0,
-        STEP=_STEPS[rows.dtype],
-        COUNT=counters is not None,
-        COLUMNS=counters.table.shape[1] if counters else 4,
-        OVERLAP=overlap,
-        MASS=mass is not None,
-        HOST=host,
-        THREADS=32 * warps,
-        TILE=tile,
-        TILES=tiles,
-        num_warps=warps,
-        **({} if host or registers is None else {"maxnreg": registers}),
-    )
+    here = torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()  # Triton launches on the current device
+    with here:
+        kernel[(count,)](
+            rows,
+            producer.other if producer else None,
+            producer.weight if producer else None,
+            out,
+            mask,
+            counters.index if counters else None,
+            counters.states if counters else None,
+            counters.table if counters else None,
+            counters.compare if counters else None,
+            counters.previous if counters else None,
+            counters.first if counters else None,
+            mass,
+            rows.stride(0),
+            rows.stride(1),
+            producer.other.stride(0) if producer else 0,
+            mask.stride(0) if mask is not None else 0,
+            width,
+            0.0 if cut is None else float(cut.value),
+            float(power),
+            0.0 if cut is None else _first_guess(cut, width),
+            producer.eps if producer else 0.0,
+            KIND=number,
+            POWER=power if power in (1.0, 2.0) else 0.0,
+            PRODUCER=PRODUCERS[producer.kind] if producer else 0,
+            STEP=_STEPS[rows.dtype],
+            COUNT=counters is not None,
+            COLUMNS=counters.table.shape[1] if counters else 4,
+            OVERLAP=overlap,
+            MASS=mass is not None,
+            HOST=host,
+            THREADS=32 * warps,
+            TILE=tile,
+            TILES=tiles,
+            num_warps=warps,
+            **({} if host or registers is None else {"maxnreg": registers}),
+        )
     return out
-
-
-def _by_hand(rows: Tensor, mask: Tensor | None, counters: Counters | None) -> Tensor:
-    """Do the same in plain torch, for a mask; this is what a compiled model runs on a CPU."""
-    nonfinite = naive.nonfinite_rows(rows)
-    kept_rows = rows if mask is None else naive.zero_out(rows, mask | nonfinite)
-    if counters is not None:
-        kept = kept_rows.bool()
-        one = torch.ones(len(rows), dtype=torch.long, device=rows.device)
-        size = naive.count_true(kept)
-        columns = [nonfinite[:, 0].long(), one, size, one * rows.shape[-1]]
-        columns += [0 * one] * (counters.table.shape[1] - len(columns))
-        if counters.previous is not None and counters.first is not None and counters.compare is not None:
-            packed = naive.pack_bits(torch.nn.functional.pad(kept, (0, 32 * words(rows.shape[-1]) - rows.shape[-1])))
-            sets = [counters.previous.view(torch.uint8), counters.first.view(torch.uint8)]
-            compared = [column for earlier in sets for column in naive.compare_sets(packed, size, earlier)]
-            columns[4:] = [torch.where(counters.compare == 2, column, 0) for column in compared]
-            start, idle = counters.compare == 1, (counters.states == PAD).unsqueeze(-1)
-            sets[1].copy_(torch.where(start, packed, sets[1]))
-            sets[0].copy_(torch.where(start | ((counters.compare == 2) & ~idle), packed, sets[0]))
-        counters.table.index_add_(0, counters.index, torch.stack(columns, dim=-1))
-    return kept_rows
 
 
 def tiling(width: int) -> tuple[int, int, int]:

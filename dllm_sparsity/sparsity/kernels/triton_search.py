@@ -80,7 +80,7 @@ def _weight(magnitude, power, scale, KIND: tl.constexpr, POWER: tl.constexpr):
 
 
 @triton.jit
-def _below(magnitude, cut, STEP: tl.constexpr):
+def below(magnitude, cut, STEP: tl.constexpr):
     """Return 1.0 where a magnitude is below a cutoff, else 0.0.
 
     For 16-bit types a saturating multiply-add does it, twice as fast as a compare and a select: halfway between the
@@ -100,12 +100,12 @@ def dropped_weight(x_ptr, x_step, magnitude, cut, width, power, scale, KIND: tl.
              STEP: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """Return the weight of what lies below a cutoff."""
     if TILES == 1:
-        return tl.sum(_weight(magnitude, power, scale, KIND, POWER) * _below(magnitude, cut, STEP))
+        return tl.sum(_weight(magnitude, power, scale, KIND, POWER) * below(magnitude, cut, STEP))
     else:
         sums = tl.zeros([TILE], tl.float32)
         for tile in range(TILES):
             part = tl.abs(load(x_ptr, x_step, tile * TILE + tl.arange(0, TILE), width))
-            sums += _weight(part, power, scale, KIND, POWER) * _below(part, cut, STEP)
+            sums += _weight(part, power, scale, KIND, POWER) * below(part, cut, STEP)
         return tl.sum(sums)
 
 
