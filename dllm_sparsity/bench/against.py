@@ -176,10 +176,11 @@ def _own_modules(name: str) -> Iterator[None]:
 
 
 def _commit(folder: Path) -> str:
-    """Return the short commit of a checkout, or nothing where git does not know it."""
+    """Return the short commit of a checkout, or nothing where git does not know it, or knows a folder around it."""
     try:
-        asked = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+        asked = ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "--short", "HEAD"]
         ran = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return ran.stdout.strip() if ran.returncode == 0 else ""
+    top, _, commit = ran.stdout.strip().partition("\n")
+    return commit if ran.returncode == 0 and Path(top).resolve() == folder.resolve() else ""

@@ -99,7 +99,7 @@ class Action:
         nonfinite = naive.nonfinite_rows(rows)
         if self.rule is not None:
             with torch.no_grad():
-                mask = self._keep(rows, part, frame) | nonfinite  # a NaN goes on to the read-out
+                mask = naive.or_rows(self._keep(rows, part, frame), nonfinite)  # a NaN goes on to the read-out
             kept_rows = naive.zero_out(rows, mask)
         if self.clock.counting and frame is not None:
             self.ledger.add(self.number, rows.detach(), kept_rows.detach().bool(), nonfinite, frame)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JACCARD_UNITS = 2.0**24  # a Jaccard value of 1 in the fixed point that it is summed in
-_CHUNK = 32_768  # entries that a thread sorts and sums at a time, so that they stay in its core's cache
+_FEW, _MANY = 32_768, 262_144  # entries that a thread sorts and sums at a time: worth a thread, near its core's cache
 
 
 def sorted_descending(scores: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
@@ -45,17 +46,29 @@ def _on_host(tensor: Tensor) -> bool:
 def _in_chunks(work: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
     """Apply a function of rows, on CPU chunk by chunk in threads; numpy and torch release the GIL."""
     scores = scores.detach()
-    step = max(1, _CHUNK // max(1, scores.shape[-1]))
+    threads = torch.get_num_threads()
+    entries = min(max(scores.numel() // threads, _FEW), _MANY)
+    step = max(1, -(-entries // max(1, scores.shape[-1])))
     if not _on_host(scores) or len(scores) <= step:
         return work(scores)
-    threads = torch.get_num_threads()
     chunks = scores.split(step)
     return torch.cat(list(_pool(threads).map(work, chunks) if threads > 1 else map(work, chunks)))
 
 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers)
+    """Return threads in each of which torch runs single-threaded; else every one would bring a team of its own."""
+    pool, started = ThreadPoolExecutor(workers), Barrier(workers)
+
+    def use_one_thread(_: int) -> None:
+        torch.zeros(1).sum()  # a thread's first operation sets its number of threads
+        torch.set_num_threads(1)
+        started.wait()
+
+    here = torch.get_num_threads()
+    list(pool.map(use_one_thread, range(workers)))
+    torch.set_num_threads(here)  # the call above also set what threads to come would take
+    return pool
 
 
 if hasattr(os, "register_at_fork"):
@@ -138,6 +151,18 @@ def nonfinite_rows(rows: Float[Tensor, "rows width"]) -> Bool[Tensor, "rows 1"]:
     rows = rows.detach()
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)  # both carry a NaN on
     return ~(low.isfinite() & high.isfinite())
+
+
+def or_rows(mask: Bool[Tensor, "rows width"], rows: Bool[Tensor, "rows 1"]) -> Bool[Tensor, "rows width"]:
+    """Mark all entries of some rows too.
+
+    Args:
+        mask: Entries that are marked.
+        rows: True for each such row.
+    """
+    if _on_host(mask) and not rows.any():  # mostly there are none, and a look costs nothing here
+        return mask
+    return mask | rows
 
 
 def count_true(mask: Bool[Tensor, "rows width"]) -> Int[Tensor, "rows"]:
