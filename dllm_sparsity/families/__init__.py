@@ -70,7 +70,8 @@ def _with_norm(ffn: FFN, model: nn.Module) -> FFN:
     if ffn.form is None:
         return ffn
     block = model.get_submodule(ffn.name.rpartition(".")[0])
-    norm = next((child for name, child in block.named_children() if name in _NORMS), None)
+    children = dict(block.named_children())
+    norm = next((children[name] for name in _NORMS if name in children), None)
     return replace(ffn, form=replace(ffn.form, norm=norm))
 
 

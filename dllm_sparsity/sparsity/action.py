@@ -64,7 +64,8 @@ class Action:
         part = tensor if whole else tensor[..., self.point.start : self.point.start + self.point.width]
         rows = part.reshape(-1, self.point.width)
         frame = self.clock.rows(len(rows), rows.device)
-        one_operator = fused.takes(rows) or torch.compiler.is_compiling()
+        needs_grad = rows.requires_grad and torch.is_grad_enabled()
+        one_operator = fused.takes(rows) or (torch.compiler.is_compiling() and not needs_grad)
         if producer is not None or (one_operator and self.ledger.fusable):
             kept_rows = self._fused(rows, part, frame, producer)
         else:

@@ -7,113 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from dllm_sparsity.sparsity.frame import Compare, Frame, Phase, Slot, TokenState
 from dllm_sparsity.sparsity.reading import NOISE_BINS
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
-
-
-class Phase(StrEnum):
-    """What a forward pass is for."""
-
-    FORWARD = "forward"  # nobody said
-    PREFILL = "prefill"
-    DECODE = "decode"
-    DENOISE = "denoise"
-    LIKELIHOOD = "likelihood"
-    ENCODE = "encode"
-    COMMIT = "commit"
-    CORRECT = "correct"
-    DRAFT = "draft"
-
-
-class TokenState(IntEnum):
-    """What a token is in the current forward pass."""
-
-    UNKNOWN = 0
-    PROMPT = 1
-    MASKED = 2  # also in the forward pass that decides it
-    COMMITTED_NOW = 3  # visible for the first time in this forward pass
-    COMMITTED = 4
-    AFTER_EOS = 5
-    PAD = 6
-
-
-class Compare(StrEnum):
-    """What overlap metrics do with a forward pass."""
-
-    OFF = "off"
-    START = "start"  # remember its kept sets as the first step's
-    PREVIOUS = "previous"  # the same rows as one forward pass of this branch before
-
-    @property
-    def code(self) -> int:
-        """The number that kernels read: 0, 1 or 2."""
-        return list(Compare).index(self)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One line of the ledger: forward passes that are counted together."""
-
-    phase: Phase
-    branch: str = "cond"
-    block: int = 0
-    step: int = 0
-
-
-@dataclass
-class Frame:
-    """What hooks read during one forward pass; tensors have one entry a row of the FFN.
-
-    Frames of one shape share their tensors: `Clock.tick` writes new values into them, so that a compiled or captured
-    forward pass reads the step it stands at.
-    """
-
-    slot: Slot
-    compare: Compare
-    index: Int[Tensor, "rows"]  # row of the ledger: (slot, batch row, state)
-    sequence: Int[Tensor, "rows"]  # batch row
-    states: Int[Tensor, "rows"]
-    code: Int[Tensor, ""] | None = None  # `compare.code`, int32, on the device
-    _moved: dict[torch.device, Frame] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        self.branch, self.comparing = self.slot.branch, self.compare is not Compare.OFF
-        if self.code is None:
-            self.code = torch.full((), self.compare.code, dtype=torch.int32, device=self.index.device)
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what a device holds of it."""
-        return self.index, self.sequence, self.states, cast("Tensor", self.code)
-
-    def on(self, *tensors: Tensor) -> Frame:
-        """Return this frame with other tensors.
-
-        Args:
-            tensors: In the order of `tensors`.
-        """
-        index, sequence, states, code = tensors
-        return Frame(self.slot, self.compare, index, sequence, states, code)
-
-    def to(self, device: torch.device) -> Frame:
-        """Return this frame on another device; the copy is made once a forward pass.
-
-        Args:
-            device: Where the layer lives.
-        """
-        if device == self.index.device:
-            return self
-        if device not in self._moved:
-            self._moved[device] = self.on(*(tensor.to(device) for tensor in self.tensors()))
-        return self._moved[device]
 
 
 class Listener(Protocol):
@@ -144,7 +47,7 @@ class Clock:
         self.capacity = 1
         self.frame: Frame | None = None
         self.counting = True
-        self._held: Frame | None = None  # owns the tensors that frames of one shape share
+        self._held: dict[Hashable, Frame] = {}  # rows and device -> owner of the tensors that such frames share
 
     def begin(self, items: Sequence[Hashable], forwards: int = 1) -> None:
         """Start a request batch.
@@ -195,7 +98,10 @@ class Clock:
         sequence = torch.arange(batch, device=states.device).repeat_interleave(seq)
         number: int | Tensor = self.slots[new[0]]
         if len(new) > 1:
-            number = torch.tensor([self.slots[row] for row in row_slots], device=states.device).repeat_interleave(seq)
+            numbers = torch.tensor(
+                [self.slots[row] for row in row_slots], pin_memory=states.is_cuda
+            )  # waits for nothing
+            number = numbers.to(states.device, non_blocking=True).repeat_interleave(seq)
         flat = states.reshape(-1).long()
         index = (number * batch + sequence) * len(TokenState) + flat
         self.frame = self._hold(Frame(row_slots[0], compare, index, sequence, flat))
@@ -203,12 +109,15 @@ class Clock:
             listener.tick(self)
 
     def _hold(self, frame: Frame) -> Frame:
-        """Move a frame's values into the tensors of the frame before, where these have its shape and device."""
-        held = self._held
-        if held is None or held.index.shape != frame.index.shape or held.index.device != frame.index.device:
+        """Move a frame's values into the tensors of earlier frames of its shape; the last 64 shapes are remembered."""
+        key = (len(frame.index), frame.index.device)
+        held = self._held.get(key)
+        if held is None:
             with torch.inference_mode(False):  # else they could be written to in inference mode only
-                held = self._held = frame.on(*(tensor.clone() for tensor in frame.tensors()))
-            return held
+                self._held[key] = frame.on(*(tensor.clone() for tensor in frame.tensors()))
+            if len(self._held) > 64:
+                del self._held[next(iter(self._held))]
+            return self._held[key]
         for mine, new in zip(held.tensors(), frame.tensors(), strict=True):
             mine.copy_(new)
         return frame.on(*held.tensors())
@@ -246,7 +155,7 @@ class Clock:
         """Let rules act on the forward passes inside, and count none of them; they need no `tick`."""
         before = self.counting, self.capacity, self.items, self.slots, self.noise, self.frame, self._held
         self.counting, self.slots, self.noise, self.frame = False, dict(self.slots), list(self.noise), None
-        self._held = None  # frames inside must not write into the tensors of the frame outside
+        self._held = {}  # frames inside must not write into the tensors of the frame outside
         try:
             yield
         finally:

@@ -41,9 +41,11 @@ def gate_producer(form: GatedForm) -> str | None:
         wanted = form.activation(gate) * up
         for kind in _MULTIPLIED:
             if torch.equal(fused.launch(gate, producer=Producer(kind, up)), wanted):
-                x = torch.randn(1, _ROWS, hidden, dtype=weight.dtype, device=weight.device)
+                x = torch.randn(1, _ROWS, hidden, device=weight.device)
+                x[:, ::3] *= 100  # where a module clamps, it shows
+                x = x.to(weight.dtype)
                 ours = form.down(_gated(form, x, kind, lambda rows, producer: fused.launch(rows, producer=producer)))
-                return kind if torch.equal(ours, form.module(x)) else None
+                return kind if torch.equal(ours.nan_to_num(), form.module(x).nan_to_num()) else None
     return None
 
 
@@ -57,6 +59,8 @@ def norm_producer(form: GatedForm, width: int) -> bool:
     norm = form.norm
     weight = getattr(norm, "weight", None)
     if norm is None or not isinstance(weight, torch.Tensor) or _watched(norm, form.module):
+        return False
+    if len(list(norm.parameters())) != 1:  # a bias that is zero as yet would not show
         return False
     if weight.shape != (width,) or _eps(norm) is None or not _possible(weight, width):
         return False
@@ -78,9 +82,14 @@ def take_over(ffn: FFN, acts: dict[str, Act]) -> dict[str, Callable[[], None]]:
     form, undo = ffn.form, {}
     if form is None:
         return undo
-    if "input" in acts and norm_producer(form, ffn.d_model):
+    try:
+        norm = "input" in acts and norm_producer(form, ffn.d_model)
+        kind = gate_producer(form) if "intermediate" in acts and not {"gate", "up"} & acts.keys() else None
+    except Exception:  # a module that takes or gives something else is not of the known form
+        return undo
+    if norm:
         undo["input"] = take_over_norm(cast("nn.Module", form.norm), acts["input"])
-    if "intermediate" in acts and not {"gate", "up"} & acts.keys() and (kind := gate_producer(form)):
+    if kind:
         undo["intermediate"] = take_over_gate(form, kind, acts["intermediate"])
     return undo
 
@@ -94,7 +103,8 @@ def take_over_gate(form: GatedForm, kind: str, act: Act) -> Callable[[], None]:
         act: Takes the gate's rows and a producer, gives the rows after the rule.
     """
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())
         return form.down(_gated(form, x, kind, act))
 
     return _replace_forward(form.module, forward)
@@ -108,21 +118,24 @@ def take_over_norm(norm: nn.Module, act: Act) -> Callable[[], None]:
         act: As in `take_over_gate`.
     """
 
-    def forward(hidden_states: Tensor) -> Tensor:
-        return _normed(norm, hidden_states, act)
+    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        return _normed(norm, x, act)
 
     return _replace_forward(norm, forward)
 
 
 def _gated(form: GatedForm, x: Tensor, kind: str, act: Act) -> Tensor:
     gate, up = form.gate(x), form.up(x)
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    needs_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if needs_grad or form.activation._forward_hooks or form.activation._forward_pre_hooks:
         return act(form.activation(gate) * up, None)
     return act(gate.flatten(0, -2), Producer(kind, up.flatten(0, -2))).view(gate.shape)
 
 
 def _normed(norm: nn.Module, x: Tensor, act: Act) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad):
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad)
+    if needs_grad or x.dtype != norm.weight.dtype:
         return act(type(norm).forward(norm, x), None)
     square = x.float().pow(2).mean(-1)  # torch's own sum, whose order a kernel could not copy
     producer = Producer("rms_norm", square.flatten(), cast("Tensor", norm.weight), _eps(norm) or 0.0)

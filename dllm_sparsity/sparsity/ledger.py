@@ -49,6 +49,7 @@ class Ledger:
         self.columns = ("nonfinite", *(column for metric in self.metrics for column in metric.columns))
         self._tables: list[Tensor] = []
         self._spare: list[Tensor] = []  # of the batch before: kept, so that addresses stay
+        self._retired: list[Tensor] = []
         self._captured = False
         self._batch = 0
         self._slots: dict[Slot, int] = {}  # every slot ever seen
@@ -67,11 +68,13 @@ class Ledger:
         line = self._batch * _STATES * len(self.columns) * 8
         slots = min(clock.capacity, max(_FIRST_SLOTS, _FIRST_BYTES // line))
         lines = slots * self._batch * _STATES
-        if self._spare and len(self._spare[0]) == lines:
-            self._tables = [table.zero_() for table in self._spare]
+        spare = self._spare or self._tables  # the latter after an exception
+        if spare and len(spare[0]) == lines:
+            self._tables = [table.zero_() for table in spare]
         else:
-            self._tables = [self._empty(point, slots) for point in self.points]
-            self._captured = False
+            if self._captured:  # a graph that is replayed all the same must not write into freed memory
+                self._retired += spare
+            self._tables, self._captured = [self._empty(point, slots) for point in self.points], False
         self._spare = []
         for metric in self.metrics:
             metric.begin()

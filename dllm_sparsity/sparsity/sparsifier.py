@@ -54,7 +54,7 @@ def sparsify(
         metrics: Names of the metrics to count; density is always among them.
 
     Returns:
-        A context manager; `read()` gives the counts.
+        A context manager; `read()` gives the counts, `kernels` how many sites a kernel makes and how many are hooked.
 
     Raises:
         UserError: A site or layer does not exist, no FFN is found, or the model is compiled.
@@ -105,11 +105,13 @@ class Tracker:
         self._undo: dict[int, Callable[[], None]] = {}  # point -> what detaches it
         self.kernels: dict[str, int] = {}
         self._fired: set[int] = set()
-        self._checked = False
+        self._checked = self._trying = False
 
     def __enter__(self) -> Tracker:
         if self._undo:
             raise UserError("this tracker is attached already", "make a new one with sparsify()")
+        thread = threading.get_ident()
+        outer, _PROBES[thread] = _PROBES.get(thread), self  # whatever runs the model here, other trackers hold still
         try:
             self._attach()
             self._dry_run()
@@ -118,6 +120,10 @@ class Tracker:
         except BaseException:
             self._detach()
             raise
+        finally:
+            del _PROBES[thread]
+            if outer is not None:
+                _PROBES[thread] = outer
         return self
 
     def _listen(self) -> None:
@@ -175,45 +181,61 @@ class Tracker:
             if _PROBES and (probe := _PROBES.get(threading.get_ident())) is not None:
                 if probe is self:
                     self._fired.add(number)
-                return tensor if producer is None else fused.launch(tensor, producer=producer)
+                if probe is not self or not self._trying:
+                    return tensor if producer is None else fused.launch(tensor, producer=producer)
+                return action(tensor, producer)
             self._fired.add(number)
             return action(tensor, producer)
 
         return act
 
     def _check_norms(self) -> None:
-        """Give back the norms whose output goes elsewhere too: with a rule the model's output would not be the same."""
+        """Give back the norms whose output goes elsewhere too: with a rule the model's output would not be the same.
+
+        Where the model could not be run, all is given back: nothing else says where a module's output goes.
+        """
         norms = [number for number in self._taken if self._points[number][1] == "input"]
         ids = one_token(self.model)
-        if norms and ids is not None and self._checked:
+        if not self._checked:
+            self._give_back(list(self._taken))
+        elif norms and ids is not None:
             fused_output = self._probe_output(norms, ids)
-            for number in norms:
-                self._undo.pop(number)()
-                self._undo[number] = hook(self._points[number][0].points["input"], self._act(number))
+            self._give_back(norms)
             if fused_output is not None and torch.equal(fused_output, cast("Tensor", self._probe_output(norms, ids))):
                 for number in norms:
                     self._undo.pop(number)()
                     form = cast("GatedForm", self._points[number][0].form)
                     self._undo[number] = fusing.take_over_norm(cast("nn.Module", form.norm), self._act(number))
+                self._taken |= set(norms)
             else:
-                self._taken -= set(norms)
-                self.notes.append("input: the norm before the FFN feeds more than the FFN; a hook is used instead")
+                self.notes.append("input: the norm beside the FFN does not feed the FFN alone; a hook is used instead")
         made, gpu = len(self._taken), [ffn.device_of.is_cuda for ffn in self.ffns]
-        possible = [site for _, site in self._points if site in ("input", "intermediate")]
-        if all(gpu) and self.ledger.fusable and made < len(possible):
-            left = len(possible) - made
-            self.notes.append(f"{left} sites are hooked: their modules are not of a form that the kernel takes over")
+        left = len([site for _, site in self._points if site in ("input", "intermediate")]) - made
+        if all(gpu) and left > 0:
+            self.notes.append(
+                f"{left} sites are hooked, not made by the kernel: the rule, the metrics, a width above 16,384, "
+                "training mode or the modules' form stand against it"
+            )
         self.kernels = {"made by the kernel": made, "hooked": len(self._points) - made}
+
+    def _give_back(self, numbers: list[int]) -> None:
+        for number in numbers:
+            ffn, site = self._points[number]
+            self._undo.pop(number)()
+            self._undo[number] = hook(ffn.points[site], self._act(number))
+        self._taken -= set(numbers)
 
     def _probe_output(self, norms: list[int], ids: Tensor) -> Tensor | None:
         """Run the model with a strong rule on the inputs, and none elsewhere."""
         before = [action.rule for action in self._actions]
         for number, action in enumerate(self._actions):
             action.use(registry.get("rules", "top_k")(0.3) if number in norms else None)
+        self._trying = True
         try:
             with self.clock.paused(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 return run_once(self.model, ids)
         finally:
+            self._trying = False
             for action, rule in zip(self._actions, before, strict=True):
                 action.use(rule)
 
@@ -222,7 +244,6 @@ class Tracker:
         ids = one_token(self.model)
         if ids is None:
             return
-        _PROBES[threading.get_ident()] = self
         try:
             with self.clock.paused(), torch.no_grad(), torch.random.fork_rng(devices=[]):
                 run_once(self.model, ids)
@@ -230,8 +251,6 @@ class Tracker:
             self.notes.append(f"no dry run ({type(error).__name__}): sites are checked when the block ends")
             self._fired.clear()
             return
-        finally:
-            del _PROBES[threading.get_ident()]
         self._check_fired("in a dry run")
         self._checked = True
 

@@ -126,6 +126,11 @@ def launch(
         out = torch.empty(count, width, dtype=rows.dtype, device=rows.device) if writes else rows
     if count == 0:
         return out
+    if rows.stride(1) * width >= 2**31:  # places in a row are 32-bit numbers
+        rows = rows.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    other = None if producer is None else producer.other.contiguous()
+    weight = None if producer is None or producer.weight is None else producer.weight.contiguous()
     kernel, host = _kernel()
     tile, tiles, warps = tiling(width)
     registers = _REGISTERS.get(tile) if count > _FEW_ROWS else None
@@ -136,8 +141,8 @@ def launch(
     with here:
         kernel[(count,)](
             rows,
-            producer.other if producer else None,
-            producer.weight if producer else None,
+            other,
+            weight,
             out,
             mask,
             counters.index if counters else None,
@@ -149,7 +154,7 @@ def launch(
             mass,
             rows.stride(0),
             rows.stride(1),
-            producer.other.stride(0) if producer else 0,
+            other.stride(0) if other is not None else 0,
             mask.stride(0) if mask is not None else 0,
             width,
             0.0 if cut is None else float(cut.value),

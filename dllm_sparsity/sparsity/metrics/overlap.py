@@ -53,13 +53,20 @@ class Overlap(Metric):
         Args:
             points: Width and device of each point.
             frame: Where the forward pass stands.
+
+        Raises:
+            ValueError: As in `count`.
         """
         for point, (width, device) in enumerate(points):
             key, shape = (point, frame.branch), (len(frame.index), fused.words(width))
             known = self._sets.get(key)
+            if frame.compare is Compare.PREVIOUS:
+                if key not in self._started:
+                    raise ValueError(_NO_START)
+                if known is not None and known[0].shape != shape:
+                    raise ValueError(_OTHER_ROWS.format(shape[0], len(known[0])))
+            self._started.add(key)
             if known is None or known[0].shape != shape:
-                if frame.compare is Compare.PREVIOUS and key in self._started:
-                    raise ValueError(_OTHER_ROWS.format(len(frame.index), known[0].shape[0] if known else 0))
                 with torch.inference_mode(False):
                     pair = [torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2)]
                 self._sets[key] = (pair[0], pair[1])
@@ -70,16 +77,8 @@ class Overlap(Metric):
         Args:
             point: As in `Metric.count`.
             frame: As in `Metric.count`.
-
-        Raises:
-            ValueError: As in `count`.
         """
-        key = (point, frame.branch)
-        if not torch.compiler.is_compiling():
-            if frame.compare is Compare.PREVIOUS and key not in self._started:
-                raise ValueError(_NO_START)
-            self._started.add(key)
-        return self._sets[key]
+        return self._sets[point, frame.branch]
 
     def count(
         self, point: int, rows: Float[Tensor, "rows width"], kept: Bool[Tensor, "rows width"], frame: Frame
