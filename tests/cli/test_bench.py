@@ -49,21 +49,6 @@ class SparsificationManager:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the real entry point in an empty folder; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["dllm-sparsity", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as left:
-            main_module.main()
-        captured = capsys.readouterr()
-        return left.value.code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def checkout(tmp_path):
     """Return a function that writes a stand-in for the paper's repository, its package's own front door shut."""
 
