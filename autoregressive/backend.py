@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from autoregressive.decode import Sampling, decode
 from autoregressive.likelihood import score
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.lm.base import Generation, Score, SparsityLM, Target
+from dllm_sparsity.lm.base import Generation, PromptBatch, Score, SparsityLM, Target
 
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 
@@ -39,23 +39,15 @@ class AutoregressiveBackend(SparsityLM):
     def _score(self, targets: Sequence[Target]) -> list[Score]:
         return score(self.call, self.clock, targets, self.max_length, self.pad_id)
 
-    def _generate(
-        self,
-        prompts: list[list[int]],
-        items: list[Hashable],
-        draws: list[Hashable],
-        length: int,
-        until: list[str],
-        options: dict[str, Any],
-    ) -> list[Generation]:
-        sampling = _sampling(options)
-        generators = [self._generator(draw) for draw in draws]
-        answers: list[list[int]] = [[] for _ in prompts]
-        stopped = [False] * len(prompts)
-        counts = [0] * len(prompts)
-        with self.clock.batch(items, length):
+    def _generate(self, batch: PromptBatch) -> list[Generation]:
+        sampling = _sampling(batch.options)
+        generators = [self._generator(draw) for draw in batch.draws]
+        answers: list[list[int]] = [[] for _ in batch.prompts]
+        stopped = [False] * len(batch.prompts)
+        counts = [0] * len(batch.prompts)
+        with self.clock.batch(batch.items, batch.length):
             for tokens in decode(
-                self.call, self.clock, prompts, length, self.pad_id, sampling, generators, lambda: stopped
+                self.call, self.clock, batch.prompts, batch.length, self.pad_id, sampling, generators, lambda: stopped
             ):
                 for row, token in enumerate(tokens.tolist()):
                     if stopped[row]:
@@ -65,7 +57,7 @@ class AutoregressiveBackend(SparsityLM):
                         stopped[row] = True
                     else:
                         answers[row].append(token)
-                        stopped[row] = self._has_stop(answers[row], until)
+                        stopped[row] = self._has_stop(answers[row], batch.until)
                 if all(stopped):
                     break
         return [Generation(answer, count, count) for answer, count in zip(answers, counts, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from dllm_sparsity.diffusion.sampler import Sampler
 from dllm_sparsity.diffusion.samplers.low_confidence import LowConfidence
 from dllm_sparsity.diffusion.tokens import closing_tokens, find_mask_id, up_to
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.lm.base import Generation, Score, SparsityLM, Target
+from dllm_sparsity.lm.base import Generation, PromptBatch, Score, SparsityLM, Target
 from dllm_sparsity.lm.call import Rows, pad
 from dllm_sparsity.sparsity.clock import Phase, Slot, TokenState
 
@@ -192,15 +192,8 @@ class DiffusionBackend(SparsityLM):
                 result[number] = is_right
         return result
 
-    def _generate(
-        self,
-        prompts: list[list[int]],
-        items: list[Hashable],
-        draws: list[Hashable],
-        length: int,
-        until: list[str],
-        options: dict[str, Any],
-    ) -> list[Generation]:
+    def _generate(self, batch: PromptBatch) -> list[Generation]:
+        options = batch.options
         unknown = sorted(set(options) - _OPTIONS)
         if unknown or options.get("top_k") or (options.get("top_p") or 1.0) < 1.0:
             raise UserError(
@@ -208,15 +201,15 @@ class DiffusionBackend(SparsityLM):
                 "the task may use: do_sample, temperature",
             )
         sampled = {"temperature": options.get("temperature") or 1.0} if options.get("do_sample") else {}
-        settings = DenoiseSettings(length, **{**self.denoising, **sampled})
-        generators = [self._generator(draw) for draw in draws]
-        nfe = torch.zeros(len(prompts), dtype=torch.long)
-        canvas = torch.full((len(prompts), length), self.mask_id)
-        with self.clock.batch(items, settings.max_forwards):
+        settings = DenoiseSettings(batch.length, **{**self.denoising, **sampled})
+        generators = [self._generator(draw) for draw in batch.draws]
+        nfe = torch.zeros(len(batch.prompts), dtype=torch.long)
+        canvas = torch.full((len(batch.prompts), batch.length), self.mask_id)
+        with self.clock.batch(batch.items, settings.max_forwards):
             for step in denoise(
                 self.call,
                 self.clock,
-                prompts,
+                batch.prompts,
                 settings,
                 mask_id=self.mask_id,
                 pad_id=self.pad_id,
@@ -227,7 +220,7 @@ class DiffusionBackend(SparsityLM):
                 canvas = step.canvas
                 if ended(canvas, self.mask_id, self.eot_token_id).all():
                     break
-        return [self._cut(row, int(count), until) for row, count in zip(canvas.tolist(), nfe, strict=True)]
+        return [self._cut(row, int(count), batch.until) for row, count in zip(canvas.tolist(), nfe, strict=True)]
 
     def _cut(self, tokens: list[int], nfe: int, until: list[str]) -> Generation:
         if self.eot_token_id in tokens:

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.call import ModelCall
-from dllm_sparsity.lm.items import Generation, ItemLog, Score, Target
+from dllm_sparsity.lm.items import Generation, ItemLog, PromptBatch, Score, Target
 from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load, longest_sequence
 from dllm_sparsity.sparsity.clock import Clock
 
@@ -245,7 +245,8 @@ class SparsityLM(TemplateLM):
                 items = [_item(requests[n]) for n in chunk]
                 started = time.perf_counter()
                 own = [draws[n] for n in chunk]
-                done = self._generate([prompts[n][-room:] for n in chunk], items, own, length, until, options)
+                batch = PromptBatch([prompts[n][-room:] for n in chunk], items, own, length, until, options)
+                done = self._generate(batch)
                 spent = (time.perf_counter() - started) / len(chunk)
                 for number, item, generation in zip(chunk, items, done, strict=True):
                     texts[number] = self._log_generation(item, generation, until, spent)
@@ -269,16 +270,8 @@ class SparsityLM(TemplateLM):
         """Score one batch of targets."""
 
     @abstractmethod
-    def _generate(
-        self,
-        prompts: list[list[int]],
-        items: list[Hashable],
-        draws: list[Hashable],
-        length: int,
-        until: list[str],
-        options: dict[str, Any],
-    ) -> list[Generation]:
-        """Generate for one batch of prompts; `draws` names the randomness of each."""
+    def _generate(self, batch: PromptBatch) -> list[Generation]:
+        """Generate for one batch of prompts."""
 
     def _generator(self, draw: Hashable) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(repr((self.seed, draw)).encode()))

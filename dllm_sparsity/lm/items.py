@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,27 @@ class Score:
     is_greedy: bool
     error: float
     nfe: int
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts that are answered together.
+
+    Args:
+        prompts: Token ids of each.
+        items: What each belongs to.
+        draws: What names the randomness of each.
+        length: New tokens, at most.
+        until: Texts that end an answer.
+        options: The task's other generation arguments.
+    """
+
+    prompts: list[list[int]]
+    items: list[Hashable]
+    draws: list[Hashable]
+    length: int
+    until: list[str]
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dllm_sparsity.sparsity.clock import Frame
     from dllm_sparsity.sparsity.kernels.fused import Producer
     from dllm_sparsity.sparsity.ledger import Ledger
+    from dllm_sparsity.sparsity.rule import Cut
     from dllm_sparsity.sparsity.sites import FFN, SitePoint
 
 
@@ -65,9 +66,10 @@ class Action:
         rows = part.reshape(-1, self.point.width)
         frame = self.clock.rows(len(rows), rows.device)
         needs_grad = rows.requires_grad and torch.is_grad_enabled()
-        one_operator = fused.takes(rows) or (torch.compiler.is_compiling() and not needs_grad)
+        by_kernel = producer is not None or fused.takes(rows)
+        one_operator = by_kernel or (torch.compiler.is_compiling() and not needs_grad)
         if producer is not None or (one_operator and self.ledger.fusable):
-            kept_rows = self._fused(rows, part, frame, producer)
+            kept_rows = self._fused(rows, part, frame, producer, self._cut if by_kernel else None)
         else:
             kept_rows = self._plain(rows, part, frame)
         if self.rule is None and producer is None:
@@ -86,12 +88,13 @@ class Action:
         where = Where(self._layer, self._site, self.point.weight, sequence, counted)
         return cast("Rule", self.rule).keep(rows, where)
 
-    def _fused(self, rows: Tensor, part: Tensor, frame: Frame | None, producer: Producer | None) -> Tensor:
+    def _fused(
+        self, rows: Tensor, part: Tensor, frame: Frame | None, producer: Producer | None, cut: Cut | None
+    ) -> Tensor:
         with torch.no_grad():
             counters = None
             if self.clock.counting and frame is not None:
                 counters = self.ledger.counters(self.number, rows, frame)
-            cut = self._cut if producer is not None or fused.takes(rows) else None
             mask = None if self.rule is None or cut is not None else self._keep(rows, part, frame)
             return operator.apply(rows, cut, mask, counters, producer)
 

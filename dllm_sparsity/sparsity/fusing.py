@@ -24,6 +24,16 @@ _ROWS = 64  # random rows that a form must agree on
 _MULTIPLIED = ("silu_mul", "gelu_tanh_mul", "gelu_mul")
 
 
+def make(rows: Tensor, producer: Producer | None = None) -> Tensor:
+    """Return the rows that a producer makes, no rule applied; rows that nothing makes stay as they are.
+
+    Args:
+        rows: What the producer starts from, `[rows, width]`.
+        producer: What makes them.
+    """
+    return rows if producer is None else fused.launch(rows, producer=producer)
+
+
 def gate_producer(form: GatedForm) -> str | None:
     """Return the producer that equals activation(gate) * up and the module's whole forward pass bit for bit, or None.
 
@@ -44,7 +54,7 @@ def gate_producer(form: GatedForm) -> str | None:
                 x = torch.randn(1, _ROWS, hidden, device=weight.device)
                 x[:, ::3] *= 100  # where a module clamps, it shows
                 x = x.to(weight.dtype)
-                ours = form.down(_gated(form, x, kind, lambda rows, producer: fused.launch(rows, producer=producer)))
+                ours = form.down(_gated(form, x, kind, make))
                 return kind if torch.equal(ours.nan_to_num(), form.module(x).nan_to_num()) else None
     return None
 
@@ -66,7 +76,7 @@ def norm_producer(form: GatedForm, width: int) -> bool:
         return False
     with torch.no_grad(), _chance(weight):
         x = torch.randn(1, _ROWS, width, dtype=weight.dtype, device=weight.device)
-        return torch.equal(_normed(norm, x, lambda rows, producer: fused.launch(rows, producer=producer)), norm(x))
+        return torch.equal(_normed(norm, x, make), norm(x))
 
 
 def take_over(ffn: FFN, acts: dict[str, Act]) -> dict[str, Callable[[], None]]:

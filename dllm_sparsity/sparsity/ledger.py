@@ -47,6 +47,8 @@ class Ledger:
     def __init__(self, points: Sequence[Point], metrics: Sequence[Metric]) -> None:
         self.points, self.metrics = list(points), list(metrics)
         self.columns = ("nonfinite", *(column for metric in self.metrics for column in metric.columns))
+        self.fusable = [type(metric) for metric in self.metrics] in ([Density], [Density, Overlap])
+        """Whether the fused kernel counts all that is counted here."""
         self._tables: list[Tensor] = []
         self._spare: list[Tensor] = []  # of the batch before: kept, so that addresses stay
         self._retired: list[Tensor] = []
@@ -118,11 +120,6 @@ class Ledger:
         values = torch.cat([nonfinite.long(), *counts], dim=-1)
         self._tables[point].index_add_(0, frame.index, values)
 
-    @property
-    def fusable(self) -> bool:
-        """Whether the fused kernel counts all that is counted here."""
-        return [type(metric) for metric in self.metrics] in ([Density], [Density, Overlap])
-
     def counters(self, point: int, rows: Tensor, frame: Frame) -> Counters:
         """Return where the fused kernel counts one FFN call.
 
@@ -130,9 +127,6 @@ class Ledger:
             point: As in `add`.
             rows: Activations, `[rows, width]`.
             frame: As in `add`.
-
-        Raises:
-            ValueError: As in `Overlap.count`.
         """
         if rows.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
             self._captured = True

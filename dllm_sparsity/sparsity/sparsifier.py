@@ -17,7 +17,6 @@ from dllm_sparsity.sparsity import sites as site_names
 from dllm_sparsity.sparsity.action import Action
 from dllm_sparsity.sparsity.clock import Clock, FreeClock
 from dllm_sparsity.sparsity.hooks import hook, is_compiled, one_token, run_once
-from dllm_sparsity.sparsity.kernels import fused
 from dllm_sparsity.sparsity.ledger import Ledger, Point
 from dllm_sparsity.sparsity.reading import Reading
 from dllm_sparsity.sparsity.rule import Rule
@@ -182,7 +181,7 @@ class Tracker:
                 if probe is self:
                     self._fired.add(number)
                 if probe is not self or not self._trying:
-                    return tensor if producer is None else fused.launch(tensor, producer=producer)
+                    return fusing.make(tensor, producer)
                 return action(tensor, producer)
             self._fired.add(number)
             return action(tensor, producer)

@@ -7,7 +7,7 @@ import torch
 from autoregressive.backend import AutoregressiveBackend
 from dllm_sparsity import registry
 from dllm_sparsity.diffusion.backend import DiffusionBackend
-from dllm_sparsity.lm.base import Target
+from dllm_sparsity.lm.base import PromptBatch, Target
 from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
 from dllm_sparsity.sparsity.rule import Where
 from dllm_sparsity.sparsity.rules.random import Random
@@ -42,7 +42,7 @@ def test_backends_count_the_same_on_both_devices(paradigm):
         targets = [Target(n, list(range(5, 9 + 3 * n)), list(range(20, 26))) for n in range(5)]
         with sparsify(model, TopP(0.8), "all", clock=lm.clock) as tracker:
             scores.append([score.loglikelihood for score in lm._score_all(targets)])
-            lm._generate([[10, 20, 30], [40, 50]], ["a", "b"], ["a", "b"], 6, [], {})
+            lm._generate(PromptBatch([[10, 20, 30], [40, 50]], ["a", "b"], ["a", "b"], 6, [], {}))
         readings.append(tracker.read())
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     cpu, cuda = readings

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from dllm_sparsity.sparsity.frame import TokenState
 from dllm_sparsity.sparsity.kernels import fused, naive
 from dllm_sparsity.sparsity.kernels.fused import Counters, Producer, launch, words
 from dllm_sparsity.sparsity.rule import Cut
@@ -13,8 +14,6 @@ from dllm_sparsity.sparsity.rule import Cut
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
-
-_PAD = 6  # TokenState.PAD
 
 
 def apply(
@@ -106,7 +105,7 @@ def _by_hand(rows: Tensor, mask: Tensor | None, counters: Counters | None) -> Te
             sets = [counters.previous.view(torch.uint8), counters.first.view(torch.uint8)]
             compared = [column for earlier in sets for column in naive.compare_sets(packed, size, earlier)]
             columns[4:] = [torch.where(counters.compare == 2, column, 0) for column in compared]
-            start, idle = counters.compare == 1, (counters.states == _PAD).unsqueeze(-1)
+            start, idle = counters.compare == 1, (counters.states == TokenState.PAD).unsqueeze(-1)
             sets[1].copy_(torch.where(start, packed, sets[1]))
             sets[0].copy_(torch.where(start | ((counters.compare == 2) & ~idle), packed, sets[0]))
         counters.table.index_add_(0, counters.index, torch.stack(columns, dim=-1))

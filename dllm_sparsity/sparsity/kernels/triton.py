@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from dllm_sparsity.sparsity.frame import TokenState
+from dllm_sparsity.sparsity.kernels.naive import JACCARD_UNITS
 from dllm_sparsity.sparsity.kernels.triton_produce import RMS_NORM, ROWS, load_raw, produce
 from dllm_sparsity.sparsity.kernels.triton_search import (
     COUNT_ONLY,
@@ -26,8 +28,8 @@ from dllm_sparsity.sparsity.kernels.triton_search import (
     widen,
 )
 
-_PAD = tl.constexpr(6)  # TokenState.PAD
-_JACCARD_UNITS = tl.constexpr(2.0**24)
+_PAD = tl.constexpr(int(TokenState.PAD))
+_JACCARD_UNITS = tl.constexpr(JACCARD_UNITS)
 
 
 @triton.jit
