@@ -9,6 +9,7 @@ from autoregressive.decode import Sampling, decode
 from autoregressive.likelihood import score
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.base import Generation, PromptBatch, Score, SparsityLM, Target
+from dllm_sparsity.sparsity.transfer import Download
 
 _SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 
@@ -49,7 +50,7 @@ class AutoregressiveBackend(SparsityLM):
             for tokens in decode(
                 self.call, self.clock, batch.prompts, batch.length, self.pad_id, sampling, generators, lambda: stopped
             ):
-                for row, token in enumerate(tokens.tolist()):
+                for row, token in enumerate(Download(tokens).wait().tolist()):  # stop strings are found in text
                     if stopped[row]:
                         continue
                     counts[row] += 1

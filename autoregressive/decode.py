@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dllm_sparsity.lm.call import ModelCall, Rows, pad
 from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
+from dllm_sparsity.sparsity.transfer import Download, upload
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Sampling:
             scores = TopKLogitsWarper(self.top_k)(None, scores)
         if self.top_p < 1.0:
             scores = TopPLogitsWarper(self.top_p)(None, scores)
-        chances = scores.softmax(-1).cpu()
+        chances = Download(scores.softmax(-1)).wait()  # a row's own generator is on the CPU
         drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(chances, generators, strict=True)]
-        return torch.cat(drawn).to(logits.device)
+        return upload(torch.cat(drawn), logits.device)
 
 
 @torch.no_grad()
@@ -76,18 +77,18 @@ def decode(
     """
     from transformers import DynamicCache
 
-    rows = pad(prompts, pad_id, "left", call.device)
+    rows = pad(prompts, pad_id, "left").to(call.device)
     cache = DynamicCache(config=call.model.config)
     clock.tick(Slot(Phase.PREFILL), torch.where(rows.real, TokenState.PROMPT, TokenState.PAD))
-    last = torch.tensor([rows.ids.shape[1] - 1], device=rows.ids.device)
+    last = torch.full((1,), rows.ids.shape[1] - 1, device=rows.ids.device)
     token = sampling.choose(call(rows, last, cache)[:, -1], generators)
     yield token
     past, first = rows.real, torch.zeros(1, dtype=torch.long, device=rows.ids.device)
     for step in range(max_new_tokens - 1):
-        done = torch.tensor(list(finished()), device=token.device).unsqueeze(-1)
+        done = upload(torch.tensor(list(finished())), token.device).unsqueeze(-1)
         states = torch.where(done, TokenState.AFTER_EOS, TokenState.COMMITTED_NOW)
         clock.tick(Slot(Phase.DECODE, step=step), states, Compare.PREVIOUS if step else Compare.START)
-        new = Rows(token.unsqueeze(-1), torch.ones_like(done))
-        token = sampling.choose(call(new, first, cache, past)[:, -1], generators)
+        new = Rows(token.unsqueeze(-1), torch.ones_like(done), padded=False)
+        token = sampling.choose(call(new, first, cache, past if rows.padded else None)[:, -1], generators)
         past = torch.cat([past, new.real], dim=1)
         yield token

@@ -15,8 +15,9 @@ from dllm_sparsity.diffusion.samplers.low_confidence import LowConfidence
 from dllm_sparsity.diffusion.tokens import closing_tokens, find_mask_id, up_to
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.base import Generation, PromptBatch, Score, SparsityLM, Target
-from dllm_sparsity.lm.call import Rows, pad
+from dllm_sparsity.lm.call import pad
 from dllm_sparsity.sparsity.clock import Phase, Slot, TokenState
+from dllm_sparsity.sparsity.transfer import Poll, upload
 
 _OPTIONS = {"do_sample", "temperature", "top_k", "top_p"}
 
@@ -148,27 +149,31 @@ class DiffusionBackend(SparsityLM):
     def _forward(self, targets: Sequence[Target], plans: list[MaskPlan], chunk: list[_Row]) -> list[float]:
         """Return the summed log-probability of the masked tokens of each row."""
         chosen = [targets[row.target] for row in chunk]
-        rows = pad([[*t.context, *t.tokens] for t in chosen], self.pad_id, "left", torch.device("cpu"))
+        rows = pad([[*t.context, *t.tokens] for t in chosen], self.pad_id, "left")
         hidden, scored = torch.zeros_like(rows.real), torch.zeros_like(rows.real)
         for number, (row, target) in enumerate(zip(chunk, chosen, strict=True)):
             hidden[number, -len(target.tokens) :] = torch.from_numpy(plans[row.target].masks[row.mask])
             scored[number, -len(target.tokens) :] = True
-        rows, hidden, scored = rows.to(self.call.device), hidden.to(self.call.device), scored.to(self.call.device)
         states = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
         states = torch.where(scored, torch.where(hidden, TokenState.MASKED, TokenState.COMMITTED), states)
-        asked = _shifted(hidden) if self.logits_shift else hidden
+        asked = (_shifted(hidden) if self.logits_shift else hidden).flatten().nonzero().squeeze(-1)
+        wanted, owner = rows.ids[hidden], hidden.nonzero()[:, 0]
         noisy = rows.ids.masked_fill(hidden, self.mask_id)
+        blank = noisy.masked_fill(states == TokenState.PROMPT, self.mask_id)
         with self.clock.batch([target.item for target in chosen], 2):
+            device = self.call.device
+            there, asked, states = replace(rows, ids=noisy).to(device), upload(asked, device), upload(states, device)
             self.clock.tick(Slot(Phase.LIKELIHOOD), states)
-            logits = self.call.at(Rows(noisy, rows.real), asked)
+            logits = self.call.at(there, asked)
             if self.cfg_scale:
                 self.clock.tick(Slot(Phase.LIKELIHOOD, "uncond"), states)
-                blank = noisy.masked_fill(states == TokenState.PROMPT, self.mask_id)
-                logits = guided(logits, self.call.at(Rows(blank, rows.real), asked), self.cfg_scale)
-        log = logits.log_softmax(-1, dtype=torch.float32)
-        found = log.gather(-1, rows.ids[hidden].unsqueeze(-1)).squeeze(-1).double()
-        owner = hidden.nonzero()[:, 0]
-        return torch.zeros(len(chunk), dtype=torch.float64, device=found.device).index_add_(0, owner, found).tolist()
+                free = self.call.at(replace(there, ids=upload(blank, device)), asked)
+                logits = guided(logits, free, self.cfg_scale)
+            log = logits.log_softmax(-1, dtype=torch.float32)
+            found = log.gather(-1, upload(wanted, log.device).unsqueeze(-1)).squeeze(-1).double()
+            sums = torch.zeros(len(chunk), dtype=torch.float64, device=log.device)
+            sums.index_add_(0, upload(owner, log.device), found)
+        return sums.tolist()
 
     def _decodes_to(self, targets: Sequence[Target]) -> list[bool]:
         """Tell for each target whether denoising commits it; these forward passes are not counted as sparsity."""
@@ -177,8 +182,8 @@ class DiffusionBackend(SparsityLM):
         for length in lengths:
             members = [n for n, target in enumerate(targets) if len(target.tokens) == length]
             settings = DenoiseSettings(length, cfg_scale=self.cfg_scale, logits_shift=self.logits_shift)
-            wanted = torch.tensor([targets[n].tokens for n in members], device=self.call.device)
-            right = torch.ones(len(members), dtype=torch.bool, device=wanted.device)
+            wanted = upload(torch.tensor([targets[n].tokens for n in members]), self.call.device)
+            right, wrong = torch.ones(len(members), dtype=torch.bool, device=wanted.device), Poll()
             with self.clock.paused():
                 self.clock.begin([targets[n].item for n in members], settings.max_forwards)
                 contexts = [targets[n].context for n in members]
@@ -186,7 +191,7 @@ class DiffusionBackend(SparsityLM):
                     self.call, self.clock, contexts, settings, mask_id=self.mask_id, pad_id=self.pad_id
                 ):
                     right &= ~(step.committed & (step.canvas != wanted)).any(-1)
-                    if not right.any():
+                    if wrong.says(~right.any()):
                         break
             for number, is_right in zip(members, right.tolist(), strict=True):
                 result[number] = is_right
@@ -203,8 +208,9 @@ class DiffusionBackend(SparsityLM):
         sampled = {"temperature": options.get("temperature") or 1.0} if options.get("do_sample") else {}
         settings = DenoiseSettings(batch.length, **{**self.denoising, **sampled})
         generators = [self._generator(draw) for draw in batch.draws]
-        nfe = torch.zeros(len(batch.prompts), dtype=torch.long)
+        nfe = torch.zeros(len(batch.prompts), dtype=torch.long, device=self.call.device)
         canvas = torch.full((len(batch.prompts), batch.length), self.mask_id)
+        finished = Poll()
         with self.clock.batch(batch.items, settings.max_forwards):
             for step in denoise(
                 self.call,
@@ -216,11 +222,11 @@ class DiffusionBackend(SparsityLM):
                 eos_id=self.eot_token_id,
                 generators=generators,
             ):
-                nfe += step.active.cpu()
+                nfe += step.active
                 canvas = step.canvas
-                if ended(canvas, self.mask_id, self.eot_token_id).all():
+                if finished.says(ended(canvas, self.mask_id, self.eot_token_id).all()):
                     break
-        return [self._cut(row, int(count), batch.until) for row, count in zip(canvas.tolist(), nfe, strict=True)]
+        return [self._cut(row, count, batch.until) for row, count in zip(canvas.tolist(), nfe.tolist(), strict=True)]
 
     def _cut(self, tokens: list[int], nfe: int, until: list[str]) -> Generation:
         if self.eot_token_id in tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from dllm_sparsity.diffusion.samplers.low_confidence import LowConfidence
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.call import ModelCall, Rows, pad
 from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
+from dllm_sparsity.sparsity.transfer import Poll
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -130,9 +131,10 @@ def denoise(
         generators: Randomness, one a row; seeded by the row's number when None.
 
     Source: Nie et al. 2025 (LLaDA), section 2.4 and Algorithm 5, https://arxiv.org/abs/2502.09992. Differs: guidance
-    is two forward passes; a block without masks is left early.
+    is two forward passes; an adaptive sampler's block is left when nothing is masked. On a GPU that is learnt some
+    forward passes late, and these are not counted.
     """
-    rows = pad([[*prompt, *[mask_id] * settings.max_new_tokens] for prompt in prompts], pad_id, "left", call.device)
+    rows = pad([[*prompt, *[mask_id] * settings.max_new_tokens] for prompt in prompts], pad_id, "left").to(call.device)
     ids, start = rows.ids, rows.ids.shape[1] - settings.max_new_tokens
     draw = Draw(settings.temperature, generators or [torch.Generator().manual_seed(row) for row in range(len(prompts))])
     fixed = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
@@ -141,10 +143,11 @@ def denoise(
     for block in range(settings.blocks):
         left, right = start + block * settings.block, start + (block + 1) * settings.block
         schedule = _schedule((ids[:, left:right] == mask_id).sum(-1), settings.steps_per_block)
-        for turn in range(settings.steps_per_block):
+        finished = Poll()
+        for turn in range(min(settings.steps_per_block, settings.block)):  # the schedule has no commit after that
             masked = ids[:, left:right] == mask_id
             active = masked.any(-1) & ~ended(ids[:, start:], mask_id, eos_id)
-            if not masked.any():  # the one look at the device of each step, between forward passes
+            if settings.sampler.adaptive and finished.says(~masked.any()):
                 break
             step = block * settings.steps_per_block + turn  # the same for a row alone and in any batch
             states = torch.cat([fixed[:, :start], _states(ids[:, start:], now, mask_id, eos_id)], dim=1)
@@ -155,7 +158,7 @@ def denoise(
                 yield DenoiseStep("cond", block, step, ids[:, start:].clone(), torch.zeros_like(now), active)
                 clock.tick(Slot(Phase.DENOISE, "uncond", block, step), states, compare)
                 blank = torch.cat([ids[:, :start].masked_fill(rows.real[:, :start], mask_id), ids[:, start:]], dim=1)
-                free = block_logits(call, Rows(blank, rows.real), left, right, settings.logits_shift)
+                free = block_logits(call, replace(rows, ids=blank), left, right, settings.logits_shift)
                 logits = guided(logits, free, settings.cfg_scale)
             tokens, commit = settings.sampler.commit(logits, masked, schedule[:, turn], draw)
             ids[:, left:right] = torch.where(commit, tokens, ids[:, left:right])

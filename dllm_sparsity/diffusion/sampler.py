@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from dllm_sparsity.sparsity.transfer import upload
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
@@ -34,7 +36,7 @@ class Draw:
             device: Where they go.
         """
         rows = [torch.rand(*shape, dtype=torch.float64, generator=generator) for generator in self.generators]
-        return torch.stack(rows).to(device)
+        return upload(torch.stack(rows), device)
 
 
 class Sampler(ABC):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from dllm_sparsity.sparsity.transfer import upload
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -22,10 +24,12 @@ class Rows:
     Args:
         ids: Token ids.
         real: False at padding.
+        padded: Whether there is any; known to the host, so that nobody asks the device.
     """
 
     ids: Int[Tensor, "batch seq"]
     real: Bool[Tensor, "batch seq"]
+    padded: bool
 
     def to(self, device: torch.device) -> Rows:
         """Return the rows on another device.
@@ -33,17 +37,16 @@ class Rows:
         Args:
             device: Where they go.
         """
-        return Rows(self.ids.to(device), self.real.to(device))
+        return replace(self, ids=upload(self.ids, device), real=upload(self.real, device))
 
 
-def pad(rows: Sequence[Sequence[int]], fill: int, side: str, device: torch.device) -> Rows:
-    """Pad rows of token ids to the longest of them.
+def pad(rows: Sequence[Sequence[int]], fill: int, side: str) -> Rows:
+    """Pad rows of token ids to the longest of them, on the CPU.
 
     Args:
         rows: Token ids.
         fill: Id to pad with.
         side: `left` or `right`.
-        device: Where the tensors go.
     """
     width = max(map(len, rows))
     gaps = [width - len(row) for row in rows]
@@ -53,7 +56,7 @@ def pad(rows: Sequence[Sequence[int]], fill: int, side: str, device: torch.devic
     else:
         ids = [list(row) + [fill] * gap for gap, row in zip(gaps, rows, strict=True)]
         real = [[True] * (width - gap) + [False] * gap for gap in gaps]
-    return Rows(torch.tensor(ids, device=device), torch.tensor(real, device=device))
+    return Rows(torch.tensor(ids), torch.tensor(real), any(gaps))
 
 
 class ModelCall:
@@ -97,20 +100,19 @@ class ModelCall:
         logits = self.model(input_ids=rows.ids, **extra).logits
         return logits if positions is None or self._keeps else logits[:, positions]
 
-    def at(self, rows: Rows, wanted: Bool[Tensor, "batch seq"]) -> Float[Tensor, "wanted vocab"]:
-        """Return logits for single tokens, in the order of rows and columns.
+    def at(self, rows: Rows, places: Int[Tensor, "wanted"]) -> Float[Tensor, "wanted vocab"]:
+        """Return logits for single tokens.
 
         The head runs on these tokens alone: it is a large part of a small model's work.
 
         Args:
             rows: Token rows.
-            wanted: True where logits are asked for.
+            places: Which tokens of the flattened rows.
         """
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        places = wanted.flatten().nonzero().squeeze(-1)  # looks at the device before the forward pass, not inside it
 
         def pick(module: nn.Module, args: tuple) -> tuple:
-            if args[0].shape[:2] != wanted.shape:
+            if args[0].shape[:2] != rows.ids.shape:
                 return args
             return (args[0].flatten(0, 1)[places.to(args[0].device)].unsqueeze(0), *args[1:])
 
@@ -127,10 +129,9 @@ class ModelCall:
         self, rows: Rows, cache: Any = None, past: Bool[Tensor, "batch past"] | None = None
     ) -> dict[str, Any]:
         """Return what a forward pass needs besides ids; no mask where nothing is padded, for faster attention."""
-        real = rows.real if past is None else torch.cat([past, rows.real], dim=1)
-        padded = not bool(real.all())
         extra: dict[str, Any] = {}
-        if padded or past is not None:
+        if rows.padded or past is not None:
+            real = rows.real if past is None else torch.cat([past, rows.real], dim=1)
             extra["attention_mask"] = real.long()
             if self._takes_positions:
                 extra["position_ids"] = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -rows.ids.shape[1] :]

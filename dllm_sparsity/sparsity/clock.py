@@ -13,6 +13,7 @@ import torch
 
 from dllm_sparsity.sparsity.frame import Compare, Frame, Phase, Slot, TokenState
 from dllm_sparsity.sparsity.reading import NOISE_BINS
+from dllm_sparsity.sparsity.transfer import upload
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -98,10 +99,8 @@ class Clock:
         sequence = torch.arange(batch, device=states.device).repeat_interleave(seq)
         number: int | Tensor = self.slots[new[0]]
         if len(new) > 1:
-            numbers = torch.tensor(
-                [self.slots[row] for row in row_slots], pin_memory=states.is_cuda
-            )  # waits for nothing
-            number = numbers.to(states.device, non_blocking=True).repeat_interleave(seq)
+            numbers = torch.tensor([self.slots[row] for row in row_slots])
+            number = upload(numbers, states.device).repeat_interleave(seq)
         flat = states.reshape(-1).long()
         index = (number * batch + sequence) * len(TokenState) + flat
         self.frame = self._hold(Frame(row_slots[0], compare, index, sequence, flat))

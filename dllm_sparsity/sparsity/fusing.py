@@ -1,6 +1,7 @@
 """Kernels that take over from the modules which make a site's rows, so that the rule costs no pass of its own.
 
-Nothing is known by name: a form is taken over only where, on random rows, the kernel gives the module's own bits.
+Nothing is known by name: a form is taken over only where the kernel gives the module's own bits. Activations of 16 bits
+are tried at every value there is, everything else on random rows.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def gate_producer(form: GatedForm) -> str | None:
     if weight is None or not hidden or not width or not _possible(weight, width):
         return None
     with torch.no_grad(), _chance(weight):
-        gate, up = (torch.randn(_ROWS, width, dtype=weight.dtype, device=weight.device) * 3 for _ in range(2))
+        gate = _every_value(weight.dtype, width, weight.device)
+        up = torch.randn(len(gate), width, dtype=weight.dtype, device=weight.device) * 3
         wanted = form.activation(gate) * up
         for kind in _MULTIPLIED:
             if torch.equal(fused.launch(gate, producer=Producer(kind, up)), wanted):
@@ -155,6 +157,15 @@ def _normed(norm: nn.Module, x: Tensor, act: Act) -> Tensor:
 def _eps(norm: nn.Module | None) -> float | None:
     value = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return value if isinstance(value, float) else None
+
+
+def _every_value(dtype: torch.dtype, width: int, device: torch.device) -> Tensor:
+    """Return rows that hold every finite value of a 16-bit type, or random ones of a wider type."""
+    if dtype.itemsize != 2:
+        return torch.randn(_ROWS, width, dtype=dtype, device=device) * 3
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
+    values = torch.where(values.isfinite(), values, 0)
+    return torch.nn.functional.pad(values, (0, -len(values) % width)).view(-1, width)
 
 
 def _possible(weight: Tensor, width: int) -> bool:

@@ -24,6 +24,7 @@ _STATES = len(TokenState)
 _FIRST_SLOTS = 64  # a loop may end long before its longest run; tick makes more room
 _FIRST_BYTES = 4 << 20  # but what is small is made at once
 _UNCOUNTED = (TokenState.PAD, TokenState.AFTER_EOS)
+_REAL = [state for state in TokenState if state is not TokenState.PAD]
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class Ledger:
         for point, table in enumerate(self._tables):
             counts = table[:used].to("cpu", copy=True).numpy().reshape(shape)  # [slot, row, state, column]
             table.zero_()
+            counts = counts * counts[:, :, _REAL].any(axis=(1, 2, 3), keepdims=True)  # a pass in which all rows waited
             self._fold_steps(point, counts, numbers, bins)
             self._fold_items(point, counts, slots, clock.items)
 

@@ -8,10 +8,12 @@ from autoregressive.backend import AutoregressiveBackend
 from dllm_sparsity import registry
 from dllm_sparsity.diffusion.backend import DiffusionBackend
 from dllm_sparsity.lm.base import PromptBatch, Target
+from dllm_sparsity.sparsity import fusing
 from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
 from dllm_sparsity.sparsity.rule import Where
 from dllm_sparsity.sparsity.rules.random import Random
 from dllm_sparsity.sparsity.rules.top_p import TopP
+from dllm_sparsity.sparsity.sites import GatedForm
 from dllm_sparsity.sparsity.sparsifier import sparsify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -144,3 +146,96 @@ def test_one_compiled_graph_counts_the_same():
     for name in ("rows", "total", "step"):
         assert reading[name] == plain[name]
     assert sum(reading["kept"]) == pytest.approx(sum(plain["kept"]), rel=1e-2)  # inductor rounds otherwise
+
+
+class NoWaiting:
+    """Listen to a clock and forbid every wait for the device from the start of a request batch to its read-out."""
+
+    batches = 0
+
+    def begin(self, clock):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+
+    def tick(self, clock):
+        assert torch.cuda.get_sync_debug_mode() == 2
+
+    def end(self, clock):
+        torch.cuda.set_sync_debug_mode("default")
+        self.batches += 1
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+@pytest.mark.parametrize("paradigm", ["autoregressive", "diffusion"])
+def test_whole_cells_never_wait_for_the_device(paradigm, cfg_scale):
+    if paradigm == "autoregressive":
+        lm = AutoregressiveBackend(tiny.llama(forbid_mask=True).cuda(), tiny.tokenizer(), batch_size=4)
+    else:
+        options = {"cfg_scale": cfg_scale, "steps": 3, "temperature": 0.5}
+        model = tiny.llama(causal=False, forbid_mask=True).cuda()
+        lm = DiffusionBackend(model, tiny.tokenizer(), batch_size=4, **options)
+    lm.check_greedy = False
+    # transformers itself looks at the position ids of a causal forward pass without a cache
+    targets = [Target(n, list(range(5 + n, 12 + n)), list(range(20, 26))) for n in range(5) if lm.bidirectional]
+    prompts = PromptBatch([[10, 20, 30], [40, 50, 60]], ["a", "b"], ["a", "b"], 6, ["~~"], {})
+
+    def cell():
+        with sparsify(lm.model, TopP(0.8), "all", clock=lm.clock) as tracker:
+            scores = [score.loglikelihood for score in lm._score_all(targets)]
+            return scores, lm._generate(prompts), dict(tracker.read())
+
+    plain = cell()
+    guard = NoWaiting()
+    lm.clock.listeners.insert(0, guard)
+    try:
+        assert cell() == plain
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert guard.batches > 5 if lm.bidirectional else guard.batches == 1
+
+
+def test_guidance_by_batch_doubling_never_waits_for_the_device():
+    model = tiny.llama(causal=False).cuda()
+    clock, ids = Clock(), torch.randint(5, 99, (4, 9), device="cuda")
+    states = torch.full((4, 9), int(TokenState.MASKED), device="cuda")
+    with sparsify(model, TopP(0.8), "all", clock=clock) as tracker, torch.no_grad():
+        for attempt in range(2):
+            clock.begin(["a", "b", "a", "b"], 4)
+            torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+            try:
+                for step in range(2):
+                    slots = [Slot(Phase.DENOISE, branch, step=step) for branch in ("cond", "uncond") for _ in range(2)]
+                    clock.tick(slots, states, Compare.PREVIOUS if step else Compare.START)
+                    model(input_ids=ids, use_cache=False)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            clock.end()
+    assert sum(tracker.read()["rows"]) == 2 * 2 * 36 * 2 * 2
+
+
+@pytest.mark.parametrize("sampler", ["low_confidence", "confidence_threshold"])
+def test_a_late_end_is_not_counted(sampler):
+    """On a GPU the loop learns some steps late that all is done; the records are those of the CPU."""
+    readings = []
+    for device in ("cpu", "cuda"):
+        model = tiny.llama(causal=False, forbid_mask=True).to(device)
+        kind = registry.get("samplers", sampler)
+        settings = {"confidence_threshold": 0.05} if sampler == "confidence_threshold" else {}
+        lm = DiffusionBackend(model, tiny.tokenizer(), sampler=kind(**settings), block_length=8)
+        with sparsify(model, TopP(0.8), "all", clock=lm.clock) as tracker:
+            done = lm._generate(PromptBatch([[10, 20, 30], [40, 50]], ["a", "b"], ["a", "b"], 16, [], {}))
+        reading = tracker.read()
+        readings.append(([row.nfe for row in done], *(reading[name] for name in ("step", "token_state", "rows"))))
+    assert readings[0] == readings[1]
+
+
+class AlmostSiLU(torch.nn.SiLU):
+    def forward(self, input):
+        return torch.where(input == -3.140625, 0.5, super().forward(input))
+
+
+def test_an_activation_that_is_off_at_one_value_is_not_taken_over():
+    mlp = tiny.llama(causal=False).to("cuda", torch.bfloat16).eval().model.layers[0].mlp
+    assert fusing.gate_producer(GatedForm(mlp, mlp.gate_proj, mlp.up_proj, mlp.act_fn, mlp.down_proj)) == "silu_mul"
+    mlp.act_fn = AlmostSiLU()
+    assert fusing.gate_producer(GatedForm(mlp, mlp.gate_proj, mlp.up_proj, mlp.act_fn, mlp.down_proj)) is None

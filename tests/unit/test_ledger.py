@@ -26,6 +26,7 @@ ALLOWED = {
     ("naive.py", "zero_out"),
     ("naive.py", "pack_bits"),
     ("naive.py", "count_bits"),
+    ("transfer.py", "wait"),  # for one value that a loop asks for
     ("top_p.py", "_keep_by_sequence"),  # scope="sequence" reproduces a released script; it loops over sequences
 }
 
@@ -102,7 +103,7 @@ def test_points_and_items_without_counts() -> None:
         count(ledger, clock, torch.ones(2, 9, dtype=torch.bool))
     reading = ledger.read()
     assert reading.per_item == {"a": {"input": (0, 0)}}
-    assert reading["token_state"] == ["pad"]
+    assert reading["token_state"] == []  # a forward pass in which every row waited
 
 
 def test_a_frame_moves_once_a_device() -> None:
