@@ -42,7 +42,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         model: Any torch model.
 
     Raises:
-        UserError: There is none, it has mixture-of-experts layers, or layers share a module that would be hooked.
+        UserError: There is none, a layer has none of a known form, or layers share a module that would be hooked.
     """
     families = [registry.get("families", name) for name in registry.names("families")]
     found: list[FFN] = []
@@ -51,18 +51,39 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         number = _BLOCK_NUMBER.search(name)
         if number is None or _NOT_THE_LM.search(name) or name.startswith(inside):
             continue
-        if re.search(r"(?:^|\.)experts$", name):
-            raise UserError(f"{name} is a mixture of experts", "mixture-of-experts models are not supported yet")
         ffn = next((hit for family in families if (hit := family.match(name, int(number[1]), module))), None)
         if ffn is not None:
             found.append(_with_norm(ffn, model))
-            inside = f"{name}."
+            inside = f"{ffn.name}."
     if not found:
         kind = type(model).__name__
         raise UserError(
             f"found no FFN in {kind}", f"known forms: {', '.join(registry.names('families'))}; a new one is one file"
         )
+    _check_covered(found, model)
     return _numbered(_unshared(found))
+
+
+def _check_covered(found: list[FFN], model: nn.Module) -> None:
+    """Refuse a stack of layers of which some have no FFN that is known: a study would pass over them in silence."""
+    stacks: dict[str, set[int]] = {}
+    for ffn in found:
+        block = _block(ffn)
+        stacks.setdefault(block.rpartition(".")[0], set()).add(ffn.layer)
+    for stack, layers in stacks.items():
+        blocks = dict(model.get_submodule(stack).named_children())
+        missing = sorted(int(key) for key in blocks if key.isdecimal() and int(key) not in layers)
+        if missing and any(next(blocks[str(number)].parameters(), None) is not None for number in missing):
+            raise UserError(
+                f"layers {', '.join(map(str, missing))} of {stack or type(model).__name__} have no FFN of a known form",
+                f"known forms: {', '.join(registry.names('families'))}; a new one is one file",
+            )
+
+
+def _block(ffn: FFN) -> str:
+    """Return the path of the numbered block that an FFN stands in."""
+    number = _BLOCK_NUMBER.search(ffn.name)
+    return ffn.name if number is None else ffn.name[: number.end(1)]
 
 
 def _with_norm(ffn: FFN, model: nn.Module) -> FFN:
@@ -79,20 +100,23 @@ def _unshared(found: list[FFN]) -> list[FFN]:
     seen: set[tuple[int, str]] = set()
     for ffn in found:
         for site, point in ffn.points.items():
-            if (id(point.module), point.side) in seen:
+            place = id(point.module), site if point.side == "inside" else point.side
+            if place in seen:
                 raise UserError(
                     f"{ffn.name} shares the module of its site {site} with another layer",
                     "counts of shared layers cannot be told apart; this model is not supported",
                 )
-            seen.add((id(point.module), point.side))
+            seen.add(place)
     return found
 
 
 def _numbered(found: list[FFN]) -> list[FFN]:
     """Number layers through where two stacks, such as an encoder and a decoder, use the same numbers."""
-    if len({ffn.layer for ffn in found}) == len(found):
+    blocks = list(dict.fromkeys(_block(ffn) for ffn in found))
+    own = {_block(ffn): ffn.layer for ffn in found}
+    if len(set(own.values())) == len(blocks):
         return sorted(found, key=lambda ffn: ffn.layer)
-    return [FFN(**{**vars(ffn), "layer": number}) for number, ffn in enumerate(found)]
+    return [replace(ffn, layer=blocks.index(_block(ffn))) for ffn in found]
 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
@@ -116,7 +140,7 @@ def linear_weight(module: nn.Module) -> Tensor | None:
     """
     weight = getattr(module, "weight", None)
     shape = linear_shape(module)
-    if not isinstance(weight, Tensor) or shape is None or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or shape is None or not weight.is_floating_point() or weight.itemsize < 2:
         return None
     if tuple(weight.shape) == shape[::-1]:
         return weight.detach() if type(module).__name__ != "Conv1D" else weight.detach().T

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dllm_sparsity.sparsity.kernels.fused import Producer
     from dllm_sparsity.sparsity.ledger import Ledger
     from dllm_sparsity.sparsity.rule import Cut
-    from dllm_sparsity.sparsity.sites import FFN, SitePoint
+    from dllm_sparsity.sparsity.sites import FFN, Routed, SitePoint
 
 
 class Action:
@@ -54,17 +54,20 @@ class Action:
         """Whether the kernel can find what to keep by itself."""
         return self.rule is None or self._cut is not None
 
-    def __call__(self, tensor: Tensor, producer: Producer | None = None) -> Tensor:
+    def __call__(self, tensor: Tensor, producer: Producer | None = None, routed: Routed | None = None) -> Tensor:
         """Return the tensor after the rule.
 
         Args:
             tensor: What the hooked module takes or gives, `[..., width]`, or wider where the site is a part of it.
             producer: What makes the site's rows out of `tensor`; only where `fuses` said yes.
+            routed: What the rows are in an expert layer.
         """
         whole = tensor.shape[-1] == self.point.width
         part = tensor if whole else tensor[..., self.point.start : self.point.start + self.point.width]
         rows = part.reshape(-1, self.point.width)
-        frame = self.clock.rows(len(rows), rows.device)
+        frame = self.clock.rows(len(rows) if routed is None else routed.tokens, rows.device)
+        if routed is not None and frame is not None:
+            frame = self.ledger.frame(self.number, frame, routed)
         needs_grad = rows.requires_grad and torch.is_grad_enabled()
         by_kernel = producer is not None or fused.takes(rows)
         one_operator = by_kernel or (torch.compiler.is_compiling() and not needs_grad)

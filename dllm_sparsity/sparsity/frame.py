@@ -95,6 +95,15 @@ class Frame:
         index, sequence, states, code = tensors
         return Frame(self.slot, self.compare, index, sequence, states, code)
 
+    def routed(self, token: Int[Tensor, "rows"]) -> Frame:
+        """Return the frame of rows that are tokens of this one in another order; overlap is not counted there.
+
+        Args:
+            token: Place of each row's token in this frame.
+        """
+        picked = (self.index[token], self.sequence[token], self.states[token])
+        return Frame(self.slot, Compare.OFF, *picked)
+
     def to(self, device: torch.device) -> Frame:
         """Return this frame on another device; the copy is made once a forward pass.
 

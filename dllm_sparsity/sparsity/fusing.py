@@ -14,13 +14,13 @@ from torch import nn
 
 from dllm_sparsity.sparsity.kernels import fused
 from dllm_sparsity.sparsity.kernels.fused import Producer
+from dllm_sparsity.sparsity.sites import Act
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dllm_sparsity.sparsity.sites import FFN, GatedForm
 
-Act = Callable[..., "Tensor"]
 _ROWS = 64  # random rows that a form must agree on
 _MULTIPLIED = ("silu_mul", "gelu_tanh_mul", "gelu_mul")
 

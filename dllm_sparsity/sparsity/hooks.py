@@ -12,8 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dllm_sparsity.sparsity.fusing import Act
-    from dllm_sparsity.sparsity.sites import SitePoint
+    from dllm_sparsity.sparsity.sites import Act, SitePoint
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -32,6 +31,8 @@ def hook(point: SitePoint, act: Act) -> Callable[[], None]:
         point: Where.
         act: Takes the site's tensor and gives what goes on.
     """
+    if point.attach is not None:
+        return point.attach(act)
     if point.side == "output":
         return point.module.register_forward_hook(lambda module, args, output: act(output)).remove
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dllm_sparsity.sparsity.metric import Metric
+    from dllm_sparsity.sparsity.sites import Routed
 
 _STATES = len(TokenState)
 _FIRST_SLOTS = 64  # a loop may end long before its longest run; tick makes more room
@@ -29,12 +30,13 @@ _REAL = [state for state in TokenState if state is not TokenState.PAD]
 
 @dataclass(frozen=True)
 class Point:
-    """One (layer, site) pair that is counted."""
+    """One (layer, site) pair that is counted, each of its experts apart."""
 
     layer: int
     site: str
     device_of: Tensor
     width: int = 0
+    experts: int = 0
 
 
 class Ledger:
@@ -48,14 +50,17 @@ class Ledger:
     def __init__(self, points: Sequence[Point], metrics: Sequence[Metric]) -> None:
         self.points, self.metrics = list(points), list(metrics)
         self.columns = ("nonfinite", *(column for metric in self.metrics for column in metric.columns))
+        placeless = [column for metric in self.metrics if not metric.by_place for column in metric.columns]
+        self._routed_columns = [self.columns.index(name) for name in ("nonfinite", *placeless)]
         self.fusable = [type(metric) for metric in self.metrics] in ([Density], [Density, Overlap])
         """Whether the fused kernel counts all that is counted here."""
         self._tables: list[Tensor] = []
         self._spare: list[Tensor] = []  # of the batch before: kept, so that addresses stay
         self._retired: list[Tensor] = []
         self._captured = False
-        self._batch = 0
+        self._batch = self._base = self._ticked = 0  # tables of experts begin at slot `_base`
         self._slots: dict[Slot, int] = {}  # every slot ever seen
+        self._experts = 1 + max((point.experts for point in self.points), default=0)
         self._keys: list[np.ndarray] = []
         self._sums: list[np.ndarray] = []
         self._pending = 0  # rows since the last compaction
@@ -68,22 +73,31 @@ class Ledger:
             clock: The clock that starts it.
         """
         self._batch = len(clock.items)
-        line = self._batch * _STATES * len(self.columns) * 8
-        slots = min(clock.capacity, max(_FIRST_SLOTS, _FIRST_BYTES // line))
-        lines = slots * self._batch * _STATES
+        self._base = self._ticked = 0
         spare = self._spare or self._tables  # the latter after an exception
-        if spare and len(spare[0]) == lines:
+        lines = [self._first_slots(point, clock.capacity) * self._lines(point) for point in self.points]
+        if spare and [len(table) for table in spare] == lines:
             self._tables = [table.zero_() for table in spare]
         else:
             if self._captured:  # a graph that is replayed all the same must not write into freed memory
                 self._retired += spare
-            self._tables, self._captured = [self._empty(point, slots) for point in self.points], False
+            self._tables = [self._empty(point, count) for point, count in zip(self.points, lines, strict=True)]
+            self._captured = False
         self._spare = []
         for metric in self.metrics:
             metric.begin()
 
-    def _empty(self, point: Point, slots: int) -> Tensor:
-        shape = (slots * self._batch * _STATES, len(self.columns))
+    def _lines(self, point: Point) -> int:
+        """Return the lines of a table that one slot takes."""
+        return self._batch * _STATES * max(1, point.experts)
+
+    def _first_slots(self, point: Point, capacity: int) -> int:
+        if point.experts:  # what does not fit is read out between two forward passes
+            return min(capacity, max(2, _FIRST_BYTES // (self._lines(point) * len(self._routed_columns) * 8)))
+        return min(capacity, max(_FIRST_SLOTS, _FIRST_BYTES // (self._lines(point) * len(self.columns) * 8)))
+
+    def _empty(self, point: Point, lines: int) -> Tensor:
+        shape = (lines, len(self._routed_columns if point.experts else self.columns))
         with torch.inference_mode(False):
             return torch.zeros(shape, dtype=torch.long, device=point.device_of.device)
 
@@ -94,18 +108,46 @@ class Ledger:
             clock: The clock that announces it.
         """
         if self.fusable and len(self.metrics) == 2 and clock.frame is not None and clock.frame.comparing:
-            places = [(point.width, point.device_of.device) for point in self.points]
+            places = [None if point.experts else (point.width, point.device_of.device) for point in self.points]
             cast("Overlap", self.metrics[1]).prepare(places, clock.frame)
-        have = len(self._tables[0]) // (self._batch * _STATES) if self._tables else 0
-        if self._tables and len(clock.slots) > have:
-            if self._captured:
-                raise ValueError(
-                    f"a captured forward pass counts into room for {have} slots, and this is one more: capture anew "
-                    f"after clock.begin with a larger `forwards`, at most what fits {_FIRST_BYTES >> 20} MiB a point"
-                )
-            more = max(have, len(clock.slots) - have)
-            pairs = zip(self._tables, self.points, strict=True)
-            self._tables = [torch.cat([table, self._empty(point, more)]) for table, point in pairs]
+        known, self._ticked = self._ticked, len(clock.slots)
+        short = self._short(clock)
+        if any(self.points[number].experts for number in short):
+            self.flush(clock)
+            self._base = known
+            short = self._short(clock)
+        for number in short:
+            table, point = self._tables[number], self.points[number]
+            missing = (len(clock.slots) - self._start(number)) * self._lines(point) - len(table)
+            self._tables[number] = torch.cat([table, self._empty(point, max(len(table), missing))])
+
+    def _start(self, point: int) -> int:
+        """Return the slot that a table begins with."""
+        return self._base if self.points[point].experts else 0
+
+    def _short(self, clock: Clock) -> list[int]:
+        """Return the points whose tables have no room for the newest slot."""
+        rooms = [len(table) // self._lines(point) for table, point in zip(self._tables, self.points, strict=False)]
+        short = [number for number, room in enumerate(rooms) if len(clock.slots) - self._start(number) > room]
+        if short and self._captured:
+            raise ValueError(
+                f"a captured forward pass counts into room for {min(rooms)} slots, and this is one more: capture anew "
+                f"after clock.begin with a larger `forwards`, at most what fits {_FIRST_BYTES >> 20} MiB a point"
+            )
+        return short
+
+    def frame(self, point: int, frame: Frame, routed: Routed) -> Frame:
+        """Return where the rows of an expert layer are counted.
+
+        Args:
+            point: As in `add`.
+            frame: Of the tokens.
+            routed: What the rows are.
+        """
+        picked = frame.routed(routed.token)
+        index = picked.index - self._base * self._batch * _STATES
+        index = index * self.points[point].experts + routed.expert
+        return picked.on(index, picked.sequence, picked.states, cast("Tensor", picked.code))
 
     def add(self, point: int, rows: Tensor, kept: Tensor, nonfinite: Tensor, frame: Frame) -> None:
         """Count one FFN call at one site.
@@ -117,7 +159,8 @@ class Ledger:
             nonfinite: True for rows with a NaN or an infinity, `[rows, 1]`.
             frame: Where the forward pass stands.
         """
-        counts = [metric.count(point, rows, kept, frame) for metric in self.metrics]
+        metrics = [metric for metric in self.metrics if not (metric.by_place and self.points[point].experts)]
+        counts = [metric.count(point, rows, kept, frame) for metric in metrics]
         values = torch.cat([nonfinite.long(), *counts], dim=-1)
         self._tables[point].index_add_(0, frame.index, values)
 
@@ -154,22 +197,29 @@ class Ledger:
         slots = list(clock.slots)
         if not slots or not self._tables or not clock.counting:
             return
-        used = len(slots) * self._batch * _STATES
-        shape = (len(slots), self._batch, _STATES, len(self.columns))
         bins = torch.stack([row.cpu() for row in clock.noise]).numpy()  # [slot, row]
         numbers = np.array([self._slots.setdefault(slot, len(self._slots)) for slot in slots])
         for point, table in enumerate(self._tables):
-            counts = table[:used].to("cpu", copy=True).numpy().reshape(shape)  # [slot, row, state, column]
+            lines, start = self._lines(self.points[point]), self._start(point)
+            own = slice(start, start + len(table) // lines)  # the newest slot may have no room yet
+            counts = table[: len(slots[own]) * lines].to("cpu", copy=True).numpy()
             table.zero_()
-            counts = counts * counts[:, :, _REAL].any(axis=(1, 2, 3), keepdims=True)  # a pass in which all rows waited
-            self._fold_steps(point, counts, numbers, bins)
-            self._fold_items(point, counts, slots, clock.items)
+            experts = max(1, self.points[point].experts)
+            counts = counts.reshape(len(slots[own]), self._batch, _STATES, experts, table.shape[1])
+            counts = counts * counts[:, :, _REAL].any(axis=(1, 2, 3, 4), keepdims=True)  # not where all rows waited
+            self._fold_steps(point, counts, numbers[own], bins[own])
+            self._fold_items(point, counts.sum(axis=3), slots[own], clock.items)
 
     def _fold_steps(self, point: int, counts: np.ndarray, slots: np.ndarray, bins: np.ndarray) -> None:
-        slot, row, state = np.nonzero(counts.any(axis=-1))
+        slot, row, state, expert = np.nonzero(counts.any(axis=-1))
         key = ((slots[slot] * NOISE_BINS + bins[slot, row]) * len(self.points) + point) * _STATES + state
-        self._keys.append(key)
-        self._sums.append(counts[slot, row, state])
+        sums = counts[slot, row, state, expert]
+        if self.points[point].experts:
+            narrow, sums = sums, np.zeros((len(key), len(self.columns)), np.int64)
+            sums[:, self._routed_columns] = narrow
+            expert = expert + 1
+        self._keys.append(key * self._experts + expert)
+        self._sums.append(sums)
         self._pending += len(key)
         if self._pending > 2_000_000:
             self._compact()
@@ -186,7 +236,8 @@ class Ledger:
     def _fold_items(self, point: int, counts: np.ndarray, slots: list[Slot], items: list[Hashable]) -> None:
         cond = [number for number, slot in enumerate(slots) if slot.branch != "uncond"]
         counted = [state for state in TokenState if state not in _UNCOUNTED]
-        columns = [self.columns.index("kept"), self.columns.index("total")]
+        names = self.columns if not self.points[point].experts else [self.columns[n] for n in self._routed_columns]
+        columns = [names.index("kept"), names.index("total")]
         per_row = counts[cond][:, :, counted][..., columns].sum(axis=(0, 2))  # [row, 2]
         for row, item in enumerate(items):
             if item not in self._items:
@@ -203,6 +254,7 @@ class Ledger:
             NonFiniteError: An activation was NaN or infinite; the first layer and site are named.
         """
         keys, sums = self._compact()
+        expert, keys = keys % self._experts - 1, keys // self._experts
         state, key = keys % _STATES, keys // _STATES
         point, key = key % len(self.points), key // len(self.points)
         noise_bin, slot = key % NOISE_BINS, key // NOISE_BINS
@@ -215,7 +267,7 @@ class Ledger:
             "noise_bin": noise_bin.tolist(),
             "layer": [self.points[number].layer for number in point],
             "site": [self.points[number].site for number in point],
-            "expert": [-1] * len(keys),
+            "expert": expert.tolist(),
             "token_state": [TokenState(number).name.lower() for number in state],
         }
         scales = {name: scale for metric in self.metrics for name, scale in metric.scales.items()}

@@ -24,6 +24,8 @@ class Metric(ABC):
     scales: ClassVar[dict[str, float]] = {}
     """Column -> what one counted unit is worth, for columns that are not plain integers."""
     needs_clock: ClassVar[bool] = False
+    by_place: ClassVar[bool] = False
+    """Whether rows are compared by their place, which they do not keep where experts share them out."""
 
     def begin(self) -> None:  # noqa: B027 - most metrics keep nothing between rows
         """Forget what was kept of the request batch before."""

@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from dllm_sparsity.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 PRIMITIVE_SITES = ("input", "gate", "up", "intermediate")
 ALL = ("input", "intermediate")
 """What the site `all` stands for: the inputs of every linear of the FFN."""
 
 
+Act = Callable[..., Tensor]
+"""Takes a site's tensor, and as `routed` what its rows are where experts share them out; gives what goes on."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the rows of an expert layer are: one row for each token and expert that met.
+
+    Args:
+        token: Place of each row's token among the tokens of the forward pass.
+        expert: Expert of each row, or of all of them.
+        tokens: Tokens of the forward pass.
+    """
+
+    token: Int[Tensor, "rows"]
+    expert: Int[Tensor, "rows"] | int
+    tokens: int
+
+
 @dataclass(frozen=True)
 class SitePoint:
-    """A tensor that flows into or out of a module.
+    """A tensor that flows into or out of a module, or inside one.
 
     Args:
         module: The module to hook.
-        side: Whether its first input or its output is the site.
+        side: Whether its first input or its output is the site; `inside` where only `attach` knows.
         width: Entries of a row.
         start: First column of the site where the tensor holds more than the site.
         weight: Weight of the linear that consumes the site, `[out, width]`, where there is one.
+        attach: Lets an act work on the site and returns what detaches it; None where a hook on the module does.
     """
 
     module: nn.Module
-    side: Literal["input", "output"]
+    side: Literal["input", "output", "inside"]
     width: int
     start: int = 0
     weight: Tensor | None = None
+    attach: Callable[[Act], Callable[[], None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +93,7 @@ class FFN:
         d_ffn: Width of `intermediate`.
         gated: Whether it has a gate.
         device_of: A parameter that tells where the layer lives.
+        experts: Number of experts; 0 where every token passes one and the same FFN.
     """
 
     layer: int
@@ -80,6 +105,7 @@ class FFN:
     device_of: Tensor
     missing: dict[str, str] = field(default_factory=dict)
     form: GatedForm | None = None
+    experts: int = 0
 
 
 def expand(sites: str | Sequence[str]) -> tuple[str, ...]:

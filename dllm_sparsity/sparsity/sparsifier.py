@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dllm_sparsity.sparsity.kernels.fused import Producer
-    from dllm_sparsity.sparsity.sites import FFN, GatedForm
+    from dllm_sparsity.sparsity.sites import FFN, GatedForm, Routed
 
 _PROBES: dict[int, Tracker] = {}  # thread -> the tracker whose dry run it is in; all other trackers hold still
 NO_CLOCK = "no clock: phase is forward, token state is unknown, padding is counted, overlap is off"
@@ -94,7 +94,8 @@ class Tracker:
         usable = [kind() for kind in kinds if clock is not None or not kind.needs_clock]
         self._points = [(ffn, site) for ffn in self.ffns for site in self.sites]
         self.ledger = Ledger(
-            [Point(ffn.layer, site, ffn.device_of, ffn.points[site].width) for ffn, site in self._points], usable
+            [Point(ffn.layer, site, ffn.device_of, ffn.points[site].width, ffn.experts) for ffn, site in self._points],
+            usable,
         )
         active = None if rule is None or rule.is_dense else rule
         self._actions = [
@@ -173,18 +174,18 @@ class Tracker:
             if number not in self._undo:
                 self._undo[number] = hook(ffn.points[site], acts[number])
 
-    def _act(self, number: int) -> fusing.Act:
+    def _act(self, number: int) -> site_names.Act:
         action = self._actions[number]
 
-        def act(tensor: Tensor, producer: Producer | None = None) -> Tensor:
+        def act(tensor: Tensor, producer: Producer | None = None, routed: Routed | None = None) -> Tensor:
             if _PROBES and (probe := _PROBES.get(threading.get_ident())) is not None:
                 if probe is self:
                     self._fired.add(number)
                 if probe is not self or not self._trying:
                     return fusing.make(tensor, producer)
-                return action(tensor, producer)
+                return action(tensor, producer, routed)
             self._fired.add(number)
-            return action(tensor, producer)
+            return action(tensor, producer, routed)
 
         return act
 

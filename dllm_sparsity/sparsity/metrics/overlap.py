@@ -36,6 +36,7 @@ class Overlap(Metric):
     columns: ClassVar[tuple[str, ...]] = tuple(f"{part}_{against}" for against in ("prev", "first") for part in _PARTS)
     scales: ClassVar[dict[str, float]] = {"jaccard_sum_prev": _UNIT, "jaccard_sum_first": _UNIT}
     needs_clock: ClassVar[bool] = True
+    by_place: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._memory: dict[tuple[int, str], dict[str, Tensor]] = {}
@@ -47,17 +48,20 @@ class Overlap(Metric):
         self._memory.clear()
         self._started.clear()
 
-    def prepare(self, points: Sequence[tuple[int, torch.device]], frame: Frame) -> None:
+    def prepare(self, points: Sequence[tuple[int, torch.device] | None], frame: Frame) -> None:
         """Make room for the fused kernel's kept sets before a forward pass; where there is room, addresses stay.
 
         Args:
-            points: Width and device of each point.
+            points: Width and device of each point; None where it is not compared.
             frame: Where the forward pass stands.
 
         Raises:
             ValueError: As in `count`.
         """
-        for point, (width, device) in enumerate(points):
+        for point, place in enumerate(points):
+            if place is None:
+                continue
+            width, device = place
             key, shape = (point, frame.branch), (len(frame.index), fused.words(width))
             known = self._sets.get(key)
             if frame.compare is Compare.PREVIOUS:
