@@ -6,10 +6,12 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.sparsity.hooks import runs_on
 from dllm_sparsity.sparsity.sites import FFN
 
 _NOT_THE_LM = re.compile(
@@ -17,6 +19,7 @@ _NOT_THE_LM = re.compile(
     re.IGNORECASE,
 )
 _NORMS = ("pre_feedforward_layernorm", "ffn_norm", "post_attention_layernorm")
+_PLAIN_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -133,14 +136,14 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
 
 
 def linear_weight(module: nn.Module) -> Tensor | None:
-    """Return the weight of a linear layer as `[out, in]`, or None where it is packed.
+    """Return the weight of a linear layer as `[out, in]`, or None where it is packed, quantised or elsewhere.
 
     Args:
         module: A linear layer.
     """
     weight = getattr(module, "weight", None)
     shape = linear_shape(module)
-    if not isinstance(weight, Tensor) or shape is None or not weight.is_floating_point() or weight.itemsize < 2:
+    if not isinstance(weight, Tensor) or shape is None or weight.is_meta or weight.dtype not in _PLAIN_TYPES:
         return None
     if tuple(weight.shape) == shape[::-1]:
         return weight.detach() if type(module).__name__ != "Conv1D" else weight.detach().T
@@ -148,9 +151,11 @@ def linear_weight(module: nn.Module) -> Tensor | None:
 
 
 def any_parameter(module: nn.Module) -> Tensor:
-    """Return a tensor that tells on which device a module lives.
+    """Return a tensor that tells on which device a module runs; an offloaded one runs elsewhere than it is kept.
 
     Args:
         module: A module with parameters or buffers.
     """
-    return next(iter([*module.parameters(), *module.buffers()]))
+    parameter = next(iter([*module.parameters(), *module.buffers()]))
+    device = runs_on(module)
+    return parameter if device is None or device == parameter.device else torch.empty(0, device=device)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.families import Family
+from dllm_sparsity.families import Family, any_parameter
 from dllm_sparsity.sparsity.sites import FFN, Act, Routed, SitePoint
 
 if TYPE_CHECKING:
@@ -59,10 +59,11 @@ class Experts(Family):
         down = module._parameters.get("down_proj")
         if down is None or down.dim() != 3:
             return None
-        if not all(hasattr(module, key) for key in ("has_gate", "is_transposed", "_is_expert_parallel", "num_experts")):
+        told = all(hasattr(module, key) for key in ("has_gate", "is_transposed", "_is_expert_parallel", "num_experts"))
+        if not told or down.itemsize < 2:
             raise UserError(
-                f"{name} ({type(module).__name__}) holds experts in a form that is not covered",
-                "covered are the experts of transformers 5 in float32, bfloat16 or float16",
+                f"{name} ({type(module).__name__}, {down.dtype}) holds experts in a form that is not covered",
+                "covered are the experts of transformers 5 in float32, bfloat16 or float16; dequantise others",
             )
         d_ffn, d_model = down.shape[1:] if module.is_transposed else down.shape[:0:-1]
         points = {"input": _point(module, "input", d_model)}
@@ -74,7 +75,8 @@ class Experts(Family):
         else:
             missing = dict.fromkeys(("gate", "up"), _OWN_GATE)
         points["intermediate"] = _point(module, "intermediate", d_ffn)
-        return FFN(layer, name, points, d_model, d_ffn, module.has_gate, down, missing, experts=int(module.num_experts))
+        home, count = any_parameter(module), int(module.num_experts)
+        return FFN(layer, name, points, d_model, d_ffn, module.has_gate, home, missing, experts=count)
 
 
 def _point(module: nn.Module, site: str, width: int) -> SitePoint:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dllm_sparsity.sparsity.hooks import runs_on
 from dllm_sparsity.sparsity.transfer import upload
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class ModelCall:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        embedding = self.model.get_input_embeddings()
+        return runs_on(embedding) or embedding.weight.device
 
     def __call__(
         self,

@@ -45,6 +45,21 @@ def hook(point: SitePoint, act: Act) -> Callable[[], None]:
     return point.module.register_forward_pre_hook(before, with_kwargs=True).remove
 
 
+def runs_on(module: nn.Module) -> torch.device | None:
+    """Return the device that accelerate runs a module on, which may not be where its weights are kept; else None.
+
+    Args:
+        module: A module, perhaps of a model that accelerate spread over devices.
+    """
+    for part in module.modules():
+        one = getattr(part, "_hf_hook", None)
+        for each in (one, *getattr(one, "hooks", ())):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return None
+
+
 def run_once(model: nn.Module, ids: Tensor) -> Tensor | None:
     """Run the model on some token ids and return its logits or last hidden states, if it has such.
 
@@ -66,7 +81,8 @@ def one_token(model: nn.Module) -> Tensor | None:
     """
     parameters = inspect.signature(model.forward).parameters
     find: Any = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find() if find is not None else None, "weight", None)
+    embedding = find() if find is not None else None
+    weight = getattr(embedding, "weight", None)
     if "input_ids" not in parameters or not isinstance(weight, torch.Tensor):
         return None
-    return torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+    return torch.zeros(1, 1, dtype=torch.long, device=runs_on(embedding) or weight.device)

@@ -296,3 +296,16 @@ def test_a_layer_that_is_not_known_is_named() -> None:
     model.layers = nn.ModuleList([known, *odd])
     with pytest.raises(UserError, match="layers 1, 2 of layers have no FFN"):
         find_ffns(model)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_one_compiled_graph_counts_the_same(name: str, ids: torch.Tensor) -> None:
+    model = tiny_moe(name)
+    readings = []
+    for fullgraph in (False, True):
+        torch._dynamo.reset()
+        with sparsify(model, TopP(0.5), "all") as tracker:
+            logits(torch.compile(model, backend="eager", fullgraph=True) if fullgraph else model, ids)
+        readings.append(tracker.read())
+    torch._dynamo.reset()
+    assert dict(readings[0]) == dict(readings[1])

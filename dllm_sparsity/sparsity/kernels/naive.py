@@ -46,10 +46,12 @@ def _on_host(tensor: Tensor) -> bool:
 def _in_chunks(work: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
     """Apply a function of rows, on CPU chunk by chunk in threads; numpy and torch release the GIL."""
     scores = scores.detach()
+    if not _on_host(scores):
+        return work(scores)
     threads = torch.get_num_threads()
     entries = min(max(scores.numel() // threads, _FEW), _MANY)
     step = max(1, -(-entries // max(1, scores.shape[-1])))
-    if not _on_host(scores) or len(scores) <= step:
+    if len(scores) <= step:
         return work(scores)
     chunks = scores.split(step)
     return torch.cat(list(_pool(threads).map(work, chunks) if threads > 1 else map(work, chunks)))
