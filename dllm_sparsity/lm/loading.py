@@ -35,7 +35,7 @@ class ModelSource:
 
 
 def load(source: ModelSource) -> tuple[Any, Any]:
-    """Return (model, tokenizer), the model in eval mode on its device.
+    """Return (model, tokenizer), the model in eval mode on its device; `model.shims` says what its code needed.
 
     Args:
         source: Where the model comes from.
@@ -53,7 +53,7 @@ def load(source: ModelSource) -> tuple[Any, Any]:
         auto = _auto_class(config)
         from dllm_sparsity.lm.shims import remote_code
 
-        with remote_code(source.model, config, auto.__name__, keys):
+        with remote_code(source.model, config, auto.__name__, keys) as done:
             model = auto.from_pretrained(
                 source.model, config=config, dtype=getattr(torch, source.dtype), use_safetensors=True, **keys
             )
@@ -62,6 +62,7 @@ def load(source: ModelSource) -> tuple[Any, Any]:
         raise _load_error(source, error) from error
     if getattr(model, "generation_config", None) is None:
         model.generation_config = GenerationConfig()
+    model.shims = tuple(done)
     return model.to(device).eval(), tokenizer
 
 
@@ -173,9 +174,9 @@ def check_paradigm(model: Any, name: str, bidirectional: bool) -> None:
     if bidirectional:
         raise UserError(
             f"{name} is a causal model, it cannot be used as a diffusion model",
-            "give it as --ar; a decoder trained to unmask is saved with config.is_causal = False",
+            "give it as --ar (sparse-ar in eval); a decoder trained to unmask is saved with config.is_causal = False",
         )
-    raise UserError(f"{name} sees tokens to the right, it is not autoregressive", "give it as --diffusion")
+    raise UserError(f"{name} sees tokens to the right, it is not autoregressive", "give it as --diffusion (sparse-diffusion in eval)")
 
 
 def longest_sequence(model: Any, tokenizer: Any) -> int:

@@ -1,9 +1,13 @@
-"""Let trusted remote code written for transformers 4 load on transformers 5; names are only added, never changed."""
+"""Let trusted remote code written for transformers 4 load on transformers 5; names are only added, never changed.
+
+What was done is said: it is logged, and the loaded model carries it as `shims`.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,10 +19,14 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LOG = logging.getLogger(__name__)
+
 
 @contextmanager
-def remote_code(model: str, config: Any, auto_class: str, keys: dict[str, Any]) -> Iterator[None]:
+def remote_code(model: str, config: Any, auto_class: str, keys: dict[str, Any]) -> Iterator[list[str]]:
     """Wrap `from_pretrained` of a model that comes with its own code. Does nothing for models of transformers.
+
+    Yields what was done, one line each.
 
     Args:
         model: Hub id or folder.
@@ -28,38 +36,55 @@ def remote_code(model: str, config: Any, auto_class: str, keys: dict[str, Any]) 
     """
     remote = getattr(config, "auto_map", None) or {}
     if auto_class not in remote or not keys.get("trust_remote_code"):
-        yield
+        yield []
         return
-    _complete(config)
-    _add_names()
+    done = [*_complete(config), *_add_names()]
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     cls = get_class_from_dynamic_module(remote[auto_class], model, revision=keys.get("revision"))
-    _accept_new_calls(cls)
+    done += _accept_new_calls(cls)
+    for line in done:
+        _LOG.warning("remote code of %s: %s", model, line)
     with _real_buffers(cls):
-        yield
+        yield done
 
 
-def _complete(config: Any) -> None:
+def _complete(config: Any) -> list[str]:
     """Give a configuration the fields that transformers 5 no longer fills in."""
+    done = []
     for name, value in (("use_cache", False), ("pad_token_id", None), ("tie_word_embeddings", False)):
         if not hasattr(config, name):
             setattr(config, name, value)
-    if getattr(config, "init_device", None) is not None:
+            done.append(f"config.{name} was missing and is {value}")
+    if getattr(config, "init_device", None) not in (None, "cpu"):
+        done.append(f"config.init_device {config.init_device!r} is 'cpu' while it loads")
         config.init_device = "cpu"  # LLaDA would build itself on a GPU
+    return done
 
 
-def _add_names() -> None:
-    """Put back what transformers 5 dropped and remote code imports or looks up."""
+def _add_names() -> list[str]:
+    """Put back what transformers 5 dropped and remote code imports or looks up; what was put back before stays so."""
     from transformers import utils
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    places: list[tuple[Any, str, Any]] = [
+        (utils, "is_torch_fx_available", _no),
+        (utils.import_utils, "is_torch_fx_available", _no),
+    ]
+    if hasattr(utils, "TransformersKwargs"):
+        places.append((utils, "LossKwargs", utils.TransformersKwargs))
+    for place, name, value in places:
+        if not hasattr(place, name):
+            setattr(place, name, value)
     ROPE_INIT_FUNCTIONS.setdefault("default", _plain_rope)
-    for place in (utils, utils.import_utils):
-        if not hasattr(place, "is_torch_fx_available"):
-            place.is_torch_fx_available = lambda: False
-    if not hasattr(utils, "LossKwargs") and hasattr(utils, "TransformersKwargs"):
-        utils.LossKwargs = utils.TransformersKwargs
+    named = [name for place, name, value in places[1:] if getattr(place, name) is value]
+    if ROPE_INIT_FUNCTIONS["default"] is _plain_rope:
+        named.append('ROPE_INIT_FUNCTIONS["default"]')
+    return [f"transformers has {name} again" for name in named]
+
+
+def _no() -> bool:
+    return False
 
 
 def _plain_rope(config: Any, device: Any = None, seq_len: int | None = None, **kwargs: Any) -> tuple[Tensor, float]:
@@ -72,18 +97,25 @@ def _plain_rope(config: Any, device: Any = None, seq_len: int | None = None, **k
     return 1.0 / base**steps, 1.0
 
 
-def _accept_new_calls(cls: Any) -> None:
+def _accept_new_calls(cls: Any) -> list[str]:
     """Let a class of transformers 4 be called as transformers 5 calls it when weights are tied."""
+    done = cls.__dict__.get("_shims")
+    if done is not None:  # loaded before in this process
+        return done
+    done = cls._shims = []
     if not hasattr(cls, "all_tied_weights_keys"):
         cls.all_tied_weights_keys = {}
+        done.append(f"{cls.__name__}.all_tied_weights_keys was missing and is empty")
     own = cls.tie_weights
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(own).parameters.values()):
-        return
+        return done
 
     def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         own(self)
 
     cls.tie_weights = tie_weights
+    done.append(f"{cls.__name__}.tie_weights takes the arguments of transformers 5")
+    return done
 
 
 @contextmanager

@@ -83,6 +83,6 @@ def one_token(model: nn.Module) -> Tensor | None:
     find: Any = getattr(model, "get_input_embeddings", None)
     embedding = find() if find is not None else None
     weight = getattr(embedding, "weight", None)
-    if "input_ids" not in parameters or not isinstance(weight, torch.Tensor):
+    if "input_ids" not in parameters or embedding is None or not isinstance(weight, torch.Tensor):
         return None
     return torch.zeros(1, 1, dtype=torch.long, device=runs_on(embedding) or weight.device)

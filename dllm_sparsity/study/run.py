@@ -44,7 +44,7 @@ def run_cell(
     if cell.rule is not None and cell.strength is not None:
         rule = make_rule(cell.rule.name, cell.strength, cell.rule.parameters)
     lm.log.clear()
-    lm.check_greedy = _needs_greedy(task.task)
+    lm.check_greedy = needs_greedy(task.task)
     mc = getattr(lm, "mc", None)
     if cell.task.mc is not None and mc is not None:
         lm.mc = cell.task.mc
@@ -91,19 +91,28 @@ def run_cell(
         "qualities": collect.qualities(task.task, samples),
         "estimator": None if generates else estimator,
         "shifted_steps": cell.model.paradigm == "autoregressive",
-        "ffn": {"d_model": ffn.d_model, "d_ffn": ffn.d_ffn, "num_layers": len(tracker.ffns), "gated": ffn.gated},
+        "ffn": {
+            "d_model": ffn.d_model,
+            "d_ffn": ffn.d_ffn,
+            "num_layers": len({f.layer for f in tracker.ffns}),
+            "gated": ffn.gated,
+        },
         "simulated": True,
         "items": len(samples),
         "totals": {**collect.totals(samples), "wall_seconds": seconds},
         "parts": parts,
         "environment": environment,
-        "notes": list(tracker.notes),
+        "notes": [*tracker.notes, *getattr(lm.model, "shims", ())],
     }
     rundir.seal(fingerprint, dict(record), samples, collect.step_table(reading.columns))
 
 
-def _needs_greedy(task: Any) -> bool:
-    """Tell whether a task looks at is_greedy; of multiple choice only exact_match does."""
+def needs_greedy(task: Any) -> bool:
+    """Tell whether a task looks at is_greedy; of multiple choice only exact_match does.
+
+    Args:
+        task: lm-eval's object.
+    """
     if task.OUTPUT_TYPE != "multiple_choice":
         return True
     return "exact_match" in getattr(task, "_metric_fn_list", {})

@@ -191,6 +191,15 @@ def test_weights_and_buffers_are_what_was_saved_however_often_it_is_loaded(folde
         assert torch.equal(models[0](ids).logits, models[1](ids).logits)
 
 
+def test_what_was_mended_is_said(folder, caplog):
+    model, _ = load(ModelSource(str(folder), trust_remote_code=True))
+    said = "\n".join(model.shims)
+    for words in ("use_cache", "init_device", "is_torch_fx_available", "ROPE_INIT_FUNCTIONS", "tie_weights"):
+        assert words in said, words
+        assert words in caplog.text
+    assert load(ModelSource("dllm_sparsity/pair/diffusion"))[0].shims == ()
+
+
 def test_loading_leaves_no_trace_in_torch(folder):
     before = torch.nn.Module.register_parameter
     load(ModelSource(str(folder), trust_remote_code=True))
