@@ -48,7 +48,7 @@ class Routed(nn.Module):
                 if size:
                     made.append(expert(rows[order[start : start + size] // TOP]))
                 start += size
-            each = torch.empty(len(flat), WIDTH).index_copy(0, order, torch.cat(made))
+            each = rows.new_empty(len(flat), WIDTH).index_copy(0, order, torch.cat(made))
             out = (each.view(-1, TOP, WIDTH) * weight.unsqueeze(-1)).sum(1) + self.shared_experts(rows)
         else:
             for number, expert in enumerate(self.experts):

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 NAME = "dllm_sparsity"
 """Name of the implementation among those of transformers."""
-_KNOWN = ("grouped_mm", "batched_mm")
 _OWN_GATE = "the experts of this model have a gate of their own form, which cannot be split"
 _attached: WeakKeyDictionary[nn.Module, dict[str, list[Act]]] = WeakKeyDictionary()
 
 
 @dataclass
 class _Switched:
-    """A configuration that names our implementation: what it named before, and how many acts need ours."""
+    """A configuration that names our implementation: what it named before, its product, and how many acts need ours."""
 
     config: Any
     own: str
+    linear: Callable
     users: int = 0
 
 
@@ -59,7 +59,7 @@ class Experts(Family):
         down = module._parameters.get("down_proj")
         if down is None or down.dim() != 3:
             return None
-        told = all(hasattr(module, key) for key in ("has_gate", "is_transposed", "_is_expert_parallel", "num_experts"))
+        told = all(hasattr(module, key) for key in ("has_gate", "is_transposed", "has_bias", "num_experts"))
         if not told or down.itemsize < 2:
             raise UserError(
                 f"{name} ({type(module).__name__}, {down.dtype}) holds experts in a form that is not covered",
@@ -92,18 +92,20 @@ def _plain_gate(module: Any) -> bool:
 
 def _attach(module: Any, site: str, act: Act) -> Callable[[], None]:
     """Let an act work inside an experts module; what is returned puts everything back."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.integrations import moe
 
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", False) or getattr(module, "_hf_device_mesh", None) is not None:
         raise UserError("experts spread over processes cannot be counted", "load the model without expert parallelism")
     config = module.config
-    switched = _switched.get(id(config)) or _Switched(config, config._experts_implementation)
-    if switched.own not in _KNOWN:
+    own = config._experts_implementation
+    if id(config) not in _switched and own not in ("grouped_mm", "batched_mm"):
         raise UserError(
-            f"experts run by {switched.own!r}, inside of which nothing can be seen",
+            f"experts run by {own!r}, inside of which nothing can be seen",
             'call model.set_experts_implementation("grouped_mm") first',
         )
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    linear = moe._grouped_linear if own == "grouped_mm" else moe._batched_linear
+    switched = _switched.get(id(config)) or _Switched(config, own, linear)
+    moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     config._experts_implementation_internal = NAME
     _switched[id(config)] = switched
     switched.users += 1
@@ -135,10 +137,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Source: the interface of `transformers.integrations.moe`, whose implementation `grouped_mm` or `batched_mm` it
     equals bit for bit.
     """
-    from transformers.integrations import moe
-
     tokens, k = top_k_index.shape
-    grouped = _switched[id(self.config)].own == "grouped_mm"
+    switched = _switched[id(self.config)]
+    grouped = switched.own == "grouped_mm"
     expert, weight = top_k_index.reshape(-1), top_k_weights.reshape(-1)
     order = torch.arange(len(expert), device=expert.device)
     if grouped:
@@ -147,15 +148,14 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         exact = expert.float() if expert.device.type == "cpu" else expert.int()  # what histc takes
         sizes = torch.histc(exact, bins=self.num_experts, min=0, max=self.num_experts - 1)
         ends = torch.cumsum(sizes, dim=0, dtype=torch.int32)
-        linear: Callable = partial(moe._grouped_linear, offs=ends, is_transposed=self.is_transposed)
-    else:
-        linear = partial(moe._batched_linear, is_transposed=self.is_transposed)
     routed = Routed(order // k, expert, tokens)
 
     def project(rows: Tensor, name: str) -> Tensor:
         matrix = getattr(self, name)
         bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        return linear(rows, matrix if grouped else matrix[expert], bias=bias)
+        if grouped:
+            return switched.linear(rows, matrix, ends, bias=bias, is_transposed=self.is_transposed)
+        return switched.linear(rows, matrix[expert], bias=bias, is_transposed=self.is_transposed)
 
     def at(site: str, rows: Tensor) -> Tensor:
         for act in _attached.get(self, {}).get(site, ()):
@@ -171,7 +171,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     else:
         rows = self._apply_gate(rows)
     rows = project(at("intermediate", rows), "down_proj")
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         rows = self.post_expert_norm(rows)
     rows = rows * weight.unsqueeze(-1)
     if grouped:

@@ -99,7 +99,7 @@ def test_weights_of_eight_bits_are_no_weights_to_rank_by() -> None:
     odd = nn.Module()
     odd.layers = nn.ModuleList([nn.Module()])
     odd.layers[0].experts = nn.Module()
-    for key in ("has_gate", "is_transposed", "_is_expert_parallel", "num_experts"):
+    for key in ("has_gate", "is_transposed", "has_bias", "num_experts"):
         setattr(odd.layers[0].experts, key, getattr(experts, key))
     odd.layers[0].experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), False)
     with pytest.raises(UserError, match=r"float8_e4m3fn.*not covered"):
