@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
@@ -18,6 +18,12 @@ from dllm_sparsity.sparsity.transfer import upload
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
+
+_GATHERED = (
+    "an FFN saw another number of rows than the model was given, as under a cache that gathers tokens: their state is "
+    "unknown, and overlap is off from there on, because nothing says which positions they are"
+)
+_OF_A_BATCH = ("capacity", "items", "slots", "noise", "frame", "_numbers", "_held", "_others")
 
 
 class Listener(Protocol):
@@ -38,9 +44,17 @@ class Clock:
 
     A loop calls `begin` for each request batch, `tick` before each forward pass, and `end` (or uses `batch` around
     both). The same clock can drive several trackers.
+
+    Args:
+        exact: Whether an FFN must see the rows that the loop announced. If not, rows of another number are counted as
+            `unknown`, overlap is refused from there on, and `notes` says so.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool = True) -> None:
+        self.exact = exact
+        self.notes: list[str] = []
+        """What a reader of the counts should know."""
+        self.overlap_refused = False
         self.listeners: list[Listener] = []
         self.items: list[Hashable] = []
         self.slots: dict[Slot, int] = {}
@@ -48,7 +62,18 @@ class Clock:
         self.capacity = 1
         self.frame: Frame | None = None
         self.counting = True
+        self._numbers: int | Tensor = 0  # slot of the forward pass, or of each batch row
         self._held: dict[Hashable, Frame] = {}  # rows and device -> owner of the tensors that such frames share
+        self._others: dict[Hashable, Frame] = {}  # the same of this forward pass's rows of another number
+
+    def note(self, text: str) -> None:
+        """Tell the reader of the counts something, once.
+
+        Args:
+            text: One sentence.
+        """
+        if text not in self.notes:
+            self.notes.append(text)
 
     def begin(self, items: Sequence[Hashable], forwards: int = 1) -> None:
         """Start a request batch.
@@ -75,7 +100,7 @@ class Clock:
         Args:
             slot: Where it stands; one slot a batch row where rows differ, as with guidance by batch doubling.
             states: `TokenState` of every token the model will see, padding included, on the model's device.
-            compare: How overlap metrics take it.
+            compare: How overlap metrics take it; off where overlap was refused.
 
         Raises:
             ValueError: `begin` was not called, the batch size is not that of `begin`, or a slot was announced before in
@@ -97,15 +122,20 @@ class Clock:
         self.noise += [bins] * len(new)
         batch, seq = states.shape
         sequence = torch.arange(batch, device=states.device).repeat_interleave(seq)
-        number: int | Tensor = self.slots[new[0]]
+        self._numbers, self._others = self.slots[new[0]], {}
         if len(new) > 1:
-            numbers = torch.tensor([self.slots[row] for row in row_slots])
-            number = upload(numbers, states.device).repeat_interleave(seq)
+            self._numbers = upload(torch.tensor([self.slots[row] for row in row_slots]), states.device)
         flat = states.reshape(-1).long()
-        index = (number * batch + sequence) * len(TokenState) + flat
-        self.frame = self._hold(Frame(row_slots[0], compare, index, sequence, flat))
+        compare = Compare.OFF if self.overlap_refused else compare
+        self.frame = self._hold(Frame(row_slots[0], compare, self._index(sequence, flat), sequence, flat))
         for listener in self._told():
             listener.tick(self)
+
+    def _index(self, sequence: Tensor, states: Tensor) -> Tensor:
+        """Return each row's line of the ledger: (slot, batch row, state)."""
+        numbers = self._numbers
+        slot = numbers if isinstance(numbers, int) else numbers.to(sequence.device)[sequence]
+        return (slot * len(self.items) + sequence) * len(TokenState) + states
 
     def _hold(self, frame: Frame) -> Frame:
         """Move a frame's values into the tensors of earlier frames of its shape; the last 64 shapes are remembered."""
@@ -152,13 +182,15 @@ class Clock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Let rules act on the forward passes inside, and count none of them; they need no `tick`."""
-        before = self.counting, self.capacity, self.items, self.slots, self.noise, self.frame, self._held
+        counting, before = self.counting, {name: getattr(self, name) for name in _OF_A_BATCH}
         self.counting, self.slots, self.noise, self.frame = False, dict(self.slots), list(self.noise), None
-        self._held = {}  # frames inside must not write into the tensors of the frame outside
+        self._held, self._others = {}, {}  # frames inside must not write into the tensors of the frame outside
         try:
             yield
         finally:
-            self.counting, self.capacity, self.items, self.slots, self.noise, self.frame, self._held = before
+            self.counting = counting
+            for name, value in before.items():
+                setattr(self, name, value)
 
     def rows(self, count: int, device: torch.device) -> Frame | None:
         """Return the frame for an FFN call, or None where nobody announced one and none is needed.
@@ -168,15 +200,30 @@ class Clock:
             device: Where they are.
 
         Raises:
-            ValueError: The count is not what the loop announced.
+            ValueError: The count is not what the loop announced, and the clock is exact or the rows do not divide over
+                the batch.
         """
         if self.frame is None:
             if self.counting:
                 raise ValueError("a forward pass that the clock was not told of: call clock.tick before each one")
             return None
         if count != len(self.frame.index):
-            raise ValueError(f"the clock announced {len(self.frame.index)} rows, an FFN sees {count}")
+            if self.exact or not self.items or count % len(self.items):
+                raise ValueError(f"the clock announced {len(self.frame.index)} rows, an FFN sees {count}")
+            return self._other_rows(count, device)
         return self.frame.to(device)
+
+    def _other_rows(self, count: int, device: torch.device) -> Frame:
+        """Return a frame for rows that the loop did not announce, an equal share for each sequence."""
+        if (count, device) not in self._others:
+            self.overlap_refused = True
+            self.note(_GATHERED)
+            batch = len(self.items)
+            sequence = torch.arange(batch, device=device).repeat_interleave(count // batch)
+            states = torch.full_like(sequence, TokenState.UNKNOWN)
+            slot = cast("Frame", self.frame).slot
+            self._others[count, device] = Frame(slot, Compare.OFF, self._index(sequence, states), sequence, states)
+        return self._others[count, device]
 
 
 class FreeClock(Clock):

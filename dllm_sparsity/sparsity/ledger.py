@@ -13,19 +13,18 @@ from dllm_sparsity.sparsity.clock import Clock, Frame, Slot, TokenState
 from dllm_sparsity.sparsity.kernels.fused import Counters
 from dllm_sparsity.sparsity.metrics.density import Density
 from dllm_sparsity.sparsity.metrics.overlap import Overlap
-from dllm_sparsity.sparsity.reading import NOISE_BINS, NonFiniteError, Reading
+from dllm_sparsity.sparsity.records import Lines, Records
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dllm_sparsity.sparsity.metric import Metric
+    from dllm_sparsity.sparsity.reading import Reading
     from dllm_sparsity.sparsity.sites import Routed
 
 _STATES = len(TokenState)
 _FIRST_SLOTS = 64  # a loop may end long before its longest run; tick makes more room
 _FIRST_BYTES = 4 << 20  # but what is small is made at once
-_UNCOUNTED = (TokenState.PAD, TokenState.AFTER_EOS)
-_REAL = [state for state in TokenState if state is not TokenState.PAD]
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,9 @@ class Ledger:
         self._retired: list[Tensor] = []
         self._captured = False
         self._batch = self._base = self._ticked = 0  # tables of experts begin at slot `_base`
-        self._slots: dict[Slot, int] = {}  # every slot ever seen
-        self._experts = 1 + max((point.experts for point in self.points), default=0)
-        self._keys: list[np.ndarray] = []
-        self._sums: list[np.ndarray] = []
-        self._pending = 0  # rows since the last compaction
-        self._items: dict[Hashable, np.ndarray] = {}
+        scales = {name: scale for metric in self.metrics for name, scale in metric.scales.items()}
+        most = max((point.experts for point in self.points), default=0)
+        self._records = Records([(point.layer, point.site) for point in self.points], self.columns, scales, most)
 
     def begin(self, clock: Clock) -> None:
         """Make room for a request batch.
@@ -197,52 +193,38 @@ class Ledger:
         slots = list(clock.slots)
         if not slots or not self._tables or not clock.counting:
             return
-        bins = torch.stack([row.cpu() for row in clock.noise]).numpy()  # [slot, row]
-        numbers = np.array([self._slots.setdefault(slot, len(self._slots)) for slot in slots])
+        bins = torch.stack(clock.noise).cpu().numpy()  # [slot, row]
+        alike: dict[tuple, list[int]] = {}
         for point, table in enumerate(self._tables):
-            lines, start = self._lines(self.points[point]), self._start(point)
-            own = slice(start, start + len(table) // lines)  # the newest slot may have no room yet
-            counts = table[: len(slots[own]) * lines].to("cpu", copy=True).numpy()
-            table.zero_()
-            experts = max(1, self.points[point].experts)
-            counts = counts.reshape(len(slots[own]), self._batch, _STATES, experts, table.shape[1])
-            counts = counts * counts[:, :, _REAL].any(axis=(1, 2, 3, 4), keepdims=True)  # not where all rows waited
-            self._fold_steps(point, counts, numbers[own], bins[own])
-            self._fold_items(point, counts.sum(axis=3), slots[own], clock.items)
+            alike.setdefault((table.device, self.points[point].experts > 0), []).append(point)
+        for members in alike.values():
+            self._fold(members, slots, bins, clock.items)
 
-    def _fold_steps(self, point: int, counts: np.ndarray, slots: np.ndarray, bins: np.ndarray) -> None:
-        slot, row, state, expert = np.nonzero(counts.any(axis=-1))
-        key = ((slots[slot] * NOISE_BINS + bins[slot, row]) * len(self.points) + point) * _STATES + state
-        sums = counts[slot, row, state, expert]
-        if self.points[point].experts:
-            narrow, sums = sums, np.zeros((len(key), len(self.columns)), np.int64)
-            sums[:, self._routed_columns] = narrow
-            expert = expert + 1
-        self._keys.append(key * self._experts + expert)
-        self._sums.append(sums)
-        self._pending += len(key)
-        if self._pending > 2_000_000:
-            self._compact()
-
-    def _compact(self) -> tuple[np.ndarray, np.ndarray]:
-        if not self._keys:
-            return np.zeros(0, np.int64), np.zeros((0, len(self.columns)), np.int64)
-        keys, inverse = np.unique(np.concatenate(self._keys), return_inverse=True)
-        sums = np.zeros((len(keys), len(self.columns)), np.int64)
-        np.add.at(sums, inverse, np.concatenate(self._sums))
-        self._keys, self._sums, self._pending = [keys], [sums], 0
-        return keys, sums
-
-    def _fold_items(self, point: int, counts: np.ndarray, slots: list[Slot], items: list[Hashable]) -> None:
-        cond = [number for number, slot in enumerate(slots) if slot.branch != "uncond"]
-        counted = [state for state in TokenState if state not in _UNCOUNTED]
-        names = self.columns if not self.points[point].experts else [self.columns[n] for n in self._routed_columns]
-        columns = [names.index("kept"), names.index("total")]
-        per_row = counts[cond][:, :, counted][..., columns].sum(axis=(0, 2))  # [row, 2]
-        for row, item in enumerate(items):
-            if item not in self._items:
-                self._items[item] = np.zeros((len(self.points), 2), np.int64)
-            self._items[item][point] += per_row[row]
+    def _fold(self, members: list[int], slots: list[Slot], bins: np.ndarray, items: list[Hashable]) -> None:
+        """Read the lines that hold something, of tables of one device and kind at once; set them back to zero."""
+        parts = [
+            self._tables[point][: (len(slots) - self._start(point)) * self._lines(self.points[point])]
+            for point in members
+        ]
+        whole = torch.cat(parts)
+        hit = whole.any(dim=-1).nonzero().squeeze(-1)
+        counts, place = whole[hit].cpu().numpy(), hit.cpu().numpy()
+        for point in members:
+            self._tables[point].zero_()
+        ends = np.cumsum([len(part) for part in parts])
+        member = np.searchsorted(ends, place, side="right")
+        point = np.array(members)[member]
+        line = place - np.concatenate([[0], ends])[member]
+        line, expert = np.divmod(line, np.array([max(1, each.experts) for each in self.points])[point])
+        line, state = np.divmod(line, _STATES)
+        slot, row = np.divmod(line, self._batch)
+        slot = slot + np.array([self._start(each) for each in members])[member]
+        real = np.zeros(len(slots), dtype=bool)
+        real[slot[state != TokenState.PAD]] = True  # else a forward pass in which every row waited
+        routed = bool(self.points[members[0]].experts)
+        found = (slot, row, point, state, expert if routed else expert - 1, counts)
+        columns = [self.columns[n] for n in self._routed_columns] if routed else self.columns
+        self._records.add(Lines(*(each[real[slot]] for each in found)), columns, slots, bins, items)
 
     def read(self, notes: Sequence[str] = ()) -> Reading:
         """Return everything counted so far as plain columns.
@@ -253,39 +235,4 @@ class Ledger:
         Raises:
             NonFiniteError: An activation was NaN or infinite; the first layer and site are named.
         """
-        keys, sums = self._compact()
-        expert, keys = keys % self._experts - 1, keys // self._experts
-        state, key = keys % _STATES, keys // _STATES
-        point, key = key % len(self.points), key // len(self.points)
-        noise_bin, slot = key % NOISE_BINS, key // NOISE_BINS
-        names = list(self._slots)
-        columns: dict[str, list] = {
-            "phase": [str(names[number].phase) for number in slot],
-            "branch": [names[number].branch for number in slot],
-            "block": [names[number].block for number in slot],
-            "step": [names[number].step for number in slot],
-            "noise_bin": noise_bin.tolist(),
-            "layer": [self.points[number].layer for number in point],
-            "site": [self.points[number].site for number in point],
-            "expert": expert.tolist(),
-            "token_state": [TokenState(number).name.lower() for number in state],
-        }
-        scales = {name: scale for metric in self.metrics for name, scale in metric.scales.items()}
-        for number, name in enumerate(self.columns):
-            values = sums[:, number]
-            columns[name] = (values * scales[name] if name in scales else values).tolist()
-        bad = np.flatnonzero((sums[:, 0] > 0) & (state != TokenState.PAD)) if len(sums) else []
-        if len(bad):
-            worst = bad[np.argmin(point[bad])]  # points stand in the order in which they fire
-            raise NonFiniteError(columns["layer"][worst], columns["site"][worst], int(sums[bad, 0].sum()))
-        del columns["nonfinite"]
-        return Reading(columns, self._item_sums(), tuple(notes))
-
-    def _item_sums(self) -> dict[Hashable, dict[str, tuple[int, int]]]:
-        sites = list(dict.fromkeys(point.site for point in self.points))
-        members = {site: [n for n, point in enumerate(self.points) if point.site == site] for site in sites}
-        summed: dict[Hashable, dict[str, tuple[int, int]]] = {}
-        for item, counts in self._items.items():
-            pairs = {site: counts[members[site]].sum(axis=0) for site in sites}
-            summed[item] = {site: (int(kept), int(total)) for site, (kept, total) in pairs.items()}
-        return summed
+        return self._records.read(notes)

@@ -154,7 +154,7 @@ class Tracker:
         """
         if self.ledger in self.clock.listeners:
             self.ledger.flush(self.clock)
-        return self.ledger.read(self.notes)
+        return self.ledger.read([*self.notes, *self.clock.notes])
 
     def _detach(self) -> None:
         for undo in self._undo.values():

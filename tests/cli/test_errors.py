@@ -93,15 +93,15 @@ def test_an_unrelated_folder_is_not_written_into(run, material, tmp_path):
 
 def test_a_model_without_an_ffn_we_know(run, material, tmp_path, capsys):
     import tiny
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM, MambaConfig
 
-    config = Qwen3MoeConfig(**tiny.SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
-    tiny.tokenizer().save_pretrained(tmp_path / "moe")
+    config = MambaConfig(vocab_size=100, hidden_size=32, state_size=4, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    tiny.tokenizer().save_pretrained(tmp_path / "mamba")
     capsys.readouterr()
-    code, _, err = run("compare", "--ar", tmp_path / "moe", "--text", material / "own.txt")
+    code, _, err = run("compare", "--ar", tmp_path / "mamba", "--text", material / "own.txt")
     assert code == 1
-    assert "mixture of experts" in err
+    assert "found no FFN in MambaForCausalLM" in err
     assert len(err.strip().splitlines()) == 2
 
 

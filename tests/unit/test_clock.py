@@ -220,3 +220,38 @@ def test_sequence_scope_takes_padding_from_the_clock(llama: nn.Module, ids: torc
             clock.tick(denoise(0), table([P, P, M, M, M, X, X]))
             outputs.append(logits(llama, given)[:, :-2])
     assert torch.equal(*outputs)
+
+
+def test_a_clock_that_is_not_exact_counts_other_rows_as_unknown() -> None:
+    clock, states = Clock(exact=False), torch.full((4, 3), int(M))
+    slots = [denoise(0), denoise(0), denoise(0, "uncond"), denoise(0, "uncond")]
+    with clock.batch(["a", "b"] * 2):
+        clock.tick(slots, states, Compare.START)
+        frame = clock.rows(12, states.device)
+        assert frame is clock.frame
+        other = clock.rows(8, states.device)
+        assert other is clock.rows(8, states.device)
+        assert (other.compare, other.comparing) == (Compare.OFF, False)
+        assert other.sequence.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert other.states.tolist() == [int(TokenState.UNKNOWN)] * 8
+        assert other.index.tolist() == [len(TokenState) * n for n in (0, 0, 1, 1, 6, 6, 7, 7)]  # uncond is slot 1
+        with pytest.raises(ValueError, match="announced 12 rows, an FFN sees 7"):
+            clock.rows(7, states.device)
+        clock.tick(denoise(1), states, Compare.PREVIOUS)
+        assert clock.rows(12, states.device).compare is Compare.OFF
+        assert clock.rows(4, states.device).index.tolist() == [len(TokenState) * (8 + n) for n in range(4)]
+    assert len(clock.notes) == 1
+    assert clock.overlap_refused
+    assert "overlap is off" in clock.notes[0]
+
+
+def test_a_pause_leaves_what_was_announced(llama: nn.Module) -> None:
+    clock, states = Clock(exact=False), torch.full((2, 3), int(M))
+    with clock.batch([0, 1]):
+        clock.tick([denoise(0), denoise(0, "uncond")], states)
+        before = clock.rows(2, states.device).index.tolist()
+        with clock.paused(), clock.batch([7]):
+            clock.tick(denoise(5), states[:1])
+            clock.rows(2, states.device)
+        assert clock.rows(2, states.device).index.tolist() == before == [0, len(TokenState) * 3]
+        assert clock.rows(6, states.device) is clock.frame

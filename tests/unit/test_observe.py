@@ -112,3 +112,19 @@ def test_save_report_of_a_foreign_loop(model, tmp_path):
 def test_a_model_without_embedding_is_refused():
     with pytest.raises(UserError, match="no input embedding"), observe(torch.nn.Linear(2, 2), 3):
         pass
+
+
+def test_without_a_mask_token_there_has_to_be_an_encoder(model):
+    with pytest.raises(UserError, match="without a mask token"), observe(model, None):
+        pass
+
+
+def test_a_compiled_model_is_followed():
+    model, prompt, counted = tiny.llama(causal=False, forbid_mask=True), torch.tensor([[10, 20, 30]]), []
+    for compiled in (False, True):
+        with observe(model, tiny.MASK) as clock, sparsify(model, TopP(0.8), "all", clock=clock) as tracker:
+            their_generate(torch.compile(model, backend="eager") if compiled else model, prompt)
+        counted.append(rows(tracker.read(), "step", "token_state"))
+    torch._dynamo.reset()
+    assert counted[0] == counted[1]
+    assert len(counted[0]) > 12
