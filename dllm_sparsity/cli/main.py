@@ -10,7 +10,9 @@ from types import FrameType
 import click
 
 from dllm_sparsity.cli.bench import bench
+from dllm_sparsity.cli.check import check
 from dllm_sparsity.cli.compare import compare
+from dllm_sparsity.cli.evaluate import evaluate
 from dllm_sparsity.cli.ls import ls
 from dllm_sparsity.cli.report import report
 from dllm_sparsity.errors import UserError
@@ -25,7 +27,9 @@ def cli() -> None:
 
 
 cli.add_command(compare)
+cli.add_command(evaluate)
 cli.add_command(report)
+cli.add_command(check)
 cli.add_command(ls)
 cli.add_command(bench)
 

@@ -12,18 +12,19 @@ from typing import Any, ClassVar, Self
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.call import ModelCall
+from dllm_sparsity.lm.distributed import each_once
 from dllm_sparsity.lm.items import Generation, ItemLog, PromptBatch, Score, Target
 from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load, longest_sequence
+from dllm_sparsity.lm.shared import SharedLM
 from dllm_sparsity.sparsity.clock import Clock
 
 
-class SparsityLM(TemplateLM):
+class SparsityLM(SharedLM):
     """A language model as lm-eval asks for it, that keeps a clock and a log.
 
     Args:
@@ -52,6 +53,7 @@ class SparsityLM(TemplateLM):
         """Called with (requests done, requests in all) after each batch."""
         self.max_length = max_length or longest_sequence(model, tokenizer)
         self.max_gen_toks = 256
+        self._template: str | None = None
 
     @classmethod
     def from_source(cls, source: ModelSource, **settings: Any) -> Self:
@@ -91,6 +93,15 @@ class SparsityLM(TemplateLM):
         """Name of the tokenizer, for lm-eval's caches."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Choose the template that `apply_chat_template` uses, and return its text; see lm-eval.
+
+        Args:
+            chat_template: True for the tokenizer's default, or the name of one of several.
+        """
+        self._template = super().chat_template(chat_template)
+        return self._template
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation with the tokenizer's chat template.
 
@@ -102,6 +113,7 @@ class SparsityLM(TemplateLM):
             raise UserError("the tokenizer has no chat template", "turn chat_template off for this model")
         return self.tokenizer.apply_chat_template(
             chat_history,
+            chat_template=self._template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
@@ -120,6 +132,7 @@ class SparsityLM(TemplateLM):
         extra = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **extra)
 
+    @each_once
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations; see lm-eval.
 
@@ -147,6 +160,7 @@ class SparsityLM(TemplateLM):
         targets = [Target(number, list(context), list(tokens)) for number, (_, context, tokens) in enumerate(requests)]
         return [(score.loglikelihood, score.is_greedy) for score in self._score_all(targets)]
 
+    @each_once
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score whole texts in windows of the model's length; see lm-eval.
 
@@ -211,6 +225,7 @@ class SparsityLM(TemplateLM):
     def _batches(self, order: list[int], targets: list[Target]) -> Iterable[list[int]]:
         return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
 
+    @each_once
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate text up to stop strings; see lm-eval.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,3 +86,22 @@ class ItemLog:
             self.loglikelihoods.append(score.loglikelihood)
             self.errors.append(score.error)
             self.target_tokens.append(len(target.tokens))
+
+
+def site_totals(per_item: Mapping[Hashable, Mapping[str, tuple[int, int]]]) -> dict[str, dict[str, float]]:
+    """Return kept, total and sparsity of each site over items.
+
+    Args:
+        per_item: Item -> site -> (kept, total), as a reading has it.
+    """
+    sums: dict[str, list[int]] = {}
+    for sites in per_item.values():
+        for site, (kept, total) in sites.items():
+            mine = sums.setdefault(site, [0, 0])
+            mine[0] += kept
+            mine[1] += total
+    return {
+        site: {"kept": kept, "total": total, "sparsity": 1 - kept / total}
+        for site, (kept, total) in sums.items()
+        if total
+    }

@@ -177,7 +177,10 @@ def check_paradigm(model: Any, name: str, bidirectional: bool) -> None:
             f"{name} is a causal model, it cannot be used as a diffusion model",
             "give it as --ar (sparse-ar in eval); a decoder trained to unmask is saved with config.is_causal = False",
         )
-    raise UserError(f"{name} sees tokens to the right, it is not autoregressive", "give it as --diffusion (sparse-diffusion in eval)")
+    raise UserError(
+        f"{name} sees tokens to the right, it is not autoregressive",
+        "give it as --diffusion (sparse-diffusion in eval)",
+    )
 
 
 def longest_sequence(model: Any, tokenizer: Any) -> int:

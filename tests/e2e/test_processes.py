@@ -99,7 +99,6 @@ def test_two_processes_equal_one(material, tasks, tmp_path, model):
     [
         (",layers=99", 2, "no such layers: [99]"),  # the same in both, behind the start
         ("", 1, "a process got no item of a task"),  # in the second alone
-        (",rul=top_p", 2, "did you mean rule?"),
     ],
 )
 def test_one_process_reports_in_two_lines(material, tmp_path, more, limit, message):
