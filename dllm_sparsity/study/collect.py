@@ -65,6 +65,8 @@ def _answer(task: Any, sample: dict, entry: Any) -> str:
         choices = _choices(task, entry.loglikelihoods)
         return str(max(range(len(choices)), key=choices.__getitem__))
     response = sample["filtered_resps"][0]
+    if isinstance(response, list) and response:  # programs are scored as lists of candidates
+        response = response[0]
     return response if isinstance(response, str) else ""
 
 

@@ -60,6 +60,7 @@ def run_cell(
                 bootstrap_iters=0,
                 log_samples=True,
                 apply_chat_template=cell.task.chat_template,
+                confirm_run_unsafe_code=cell.task.run_code,
             )
         estimator = lm.estimator
     finally:

@@ -14,6 +14,7 @@ from dllm_sparsity.errors import UserError, did_you_mean
 from dllm_sparsity.study.config import TaskSpec
 
 FOLDER = Path(__file__).parent.parent / "tasks"
+RUN_CODE = "in a sandbox, set run_code: true on the task in the study; or choose another task"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def load_tasks(spec: TaskSpec, seed: int) -> list[LoadedTask]:
             raise UserError(
                 f"task {name} asks for {task.OUTPUT_TYPE!r}, which no backend here can do", "choose another"
             )
-        if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
-            kind = "reads images" if getattr(task, "MULTIMODAL", False) else "runs code that the model wrote"
-            raise UserError(f"task {name} {kind}, which no backend here does", "choose another task")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"task {name} reads images, which no backend here does", "choose another task")
+        if getattr(task, "UNSAFE_CODE", False) and not spec.run_code:
+            raise UserError(f"task {name} runs code that the model wrote", RUN_CODE)
         if spec.num_fewshot is not None:
             task.set_config(key="num_fewshot", value=spec.num_fewshot)
         task.set_fewshot_seed(seed=seed)
@@ -75,7 +77,15 @@ def _manager(with_defaults: bool) -> Any:
     return TaskManager(include_path=str(FOLDER), include_defaults=with_defaults)
 
 
-def _by_name(name: str, num_fewshot: int | None) -> dict[str, Any]:
+def find_task(name: str) -> Any:
+    """Return the lm-eval task manager that knows a name, or a path of a YAML file; no data is read.
+
+    Args:
+        name: Task, group, tag or file.
+
+    Raises:
+        UserError: There is no such task.
+    """
     is_file = name.endswith((".yaml", ".yml"))
     if is_file and not Path(name).is_file():
         raise UserError(f"no such task file: {name}", "give the path of an lm-eval YAML, or a task name")
@@ -87,6 +97,11 @@ def _by_name(name: str, num_fewshot: int | None) -> dict[str, Any]:
                 f"unknown task {name!r}{did_you_mean(name, list(manager.all_tasks))}",
                 "list them with: dllm-sparsity ls tasks",
             )
+    return manager
+
+
+def _by_name(name: str, num_fewshot: int | None) -> dict[str, Any]:
+    manager = find_task(name)
     try:
         return _load(manager, name, num_fewshot)
     except (OSError, ValueError, KeyError, ImportError, ConnectionError, AttributeError) as error:

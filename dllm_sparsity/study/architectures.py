@@ -1,0 +1,259 @@
+"""A model's structure without its weights: its configuration from a folder, the hub or the shipped descriptions."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import nn
+
+from dllm_sparsity.errors import UserError
+
+DESCRIPTIONS = Path(__file__).with_suffix(".yaml")
+Source = Literal["folder", "hub", "shipped description"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model before its weights are read.
+
+    Args:
+        model: Folder or hub id.
+        config: Fields of its config.json; of a shipped description, those that fix its structure.
+        source: Where they come from.
+        remote_code: Whether its code comes with its weights.
+    """
+
+    model: str
+    config: dict[str, Any]
+    source: Source
+    remote_code: bool
+
+    @property
+    def layers(self) -> int:
+        """Hidden layers that the configuration promises, in each of its stacks.
+
+        Raises:
+            UserError: It names no number.
+        """
+        text = self.config.get("text_config") or self.config
+        for name in ("num_hidden_layers", "n_layers", "n_layer", "num_layers"):
+            if isinstance(text.get(name), int):
+                return text[name]
+        raise UserError(f"the configuration of {self.model} names no number of layers", "is it a language model?")
+
+    @property
+    def bidirectional(self) -> bool | None:
+        """Whether every token sees every other; None where the configuration does not tell."""
+        text = self.config.get("text_config") or self.config
+        if self.config["model_type"] in ("llada", "Dream", "diffusion_gemma"):
+            return True
+        if isinstance(text.get("is_causal"), bool):
+            return not text["is_causal"]
+        if (self.config.get("architectures") or [""])[0].endswith("ForMaskedLM"):
+            return True
+        return None if self.remote_code else text.get("use_bidirectional_attention") in (True, "all")
+
+
+@cache
+def descriptions() -> dict[str, dict[str, Any]]:
+    """Return the shipped descriptions by hub id, each with `parameters` and `config`."""
+    return yaml.safe_load(DESCRIPTIONS.read_text(encoding="utf-8"))
+
+
+def find_architecture(model: str, revision: str | None = None) -> Architecture:
+    """Read a model's configuration from its folder, else from the hub or its cache, else from what is shipped.
+
+    Args:
+        model: Folder or hub id, embedded names resolved.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        UserError: There is no such model, or its configuration cannot be had.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir() or model not in descriptions():
+        from dllm_sparsity.lm.loading import check_exists
+
+        check_exists(model, revision)
+    if folder.is_dir():
+        return _described(model, _read(folder / "config.json"), "folder")
+    found = _from_hub(model, revision)
+    if found is not None:
+        return _described(model, found, "hub")
+    shipped = descriptions()[model]
+    return Architecture(model, shipped["config"], "shipped description", bool(shipped.get("remote_code")))
+
+
+def _described(model: str, config: dict[str, Any], source: Source) -> Architecture:
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"the configuration of {model} names no model_type", "is it a model of transformers?")
+    return Architecture(model, config, source, bool(config.get("auto_map")))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}", "give a folder made by save_pretrained") from error
+    return found if isinstance(found, dict) else {}
+
+
+_unreachable: list[str] = []  # once the hub did not answer, no later model waits for it
+
+
+def _from_hub(model: str, revision: str | None) -> dict[str, Any] | None:
+    """Return a configuration from the hub or its cache; None where it cannot be had."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import errors as hub
+
+    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1" or bool(_unreachable)
+    if not offline and not _answers(model, revision):
+        _unreachable.append(model)
+        offline = True
+    try:
+        return _read(Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=offline)))
+    except hub.RevisionNotFoundError as error:
+        raise UserError(f"{model} has no revision {revision!r}", "look at its branches and tags") from error
+    except (hub.HfHubHTTPError, OSError):
+        return None  # gated, or not in the cache
+
+
+def _answers(model: str, revision: str | None) -> bool:
+    """Tell whether the hub answers at all; a download that cannot reach it tries for half a minute."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision), timeout=5)
+    except hub.HfHubHTTPError:
+        return True
+    except Exception:  # the errors of whatever library the hub's client speaks through
+        return False
+    return True
+
+
+def build(architecture: Architecture, trust_remote_code: bool = False) -> nn.Module:
+    """Build a model without memory for its weights, on the meta device.
+
+    The code of LLaDA and Dream is not run: LLaDA is built as a skeleton with its module names, Dream as Qwen2.
+
+    Args:
+        architecture: What is known of it.
+        trust_remote_code: Whether other code that comes with a model may run.
+
+    Raises:
+        UserError: transformers does not know its type, or its configuration does not build.
+    """
+    config, kind = architecture.config, architecture.config["model_type"]
+    try:
+        with torch.device("meta"):
+            if kind == "llada":
+                return LladaSkeleton(config)
+            return _build(
+                architecture, {**config, "model_type": "qwen2" if kind == "Dream" else kind}, trust_remote_code
+            )
+    except UserError:
+        raise
+    except Exception as error:  # whatever a configuration or a model's own code does, users get two lines
+        why = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{architecture.model} cannot be built from its configuration: {type(error).__name__}: {why}",
+            "look at its config.json; a newer transformers may know it",
+        ) from error
+
+
+def _build(architecture: Architecture, config: dict[str, Any], trust_remote_code: bool) -> nn.Module:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from dllm_sparsity.lm.loading import _auto_class
+
+    model_type = config["model_type"]
+    if model_type in CONFIG_MAPPING:
+        known = CONFIG_MAPPING[model_type].from_dict({key: value for key, value in config.items() if key != "auto_map"})
+        auto: Any = _auto_class(known)
+        if type(known) in auto._model_mapping:
+            return auto.from_config(known)
+        own = getattr(transformers, (config.get("architectures") or [""])[0], None)
+        if own is None:
+            raise UserError(
+                f"{architecture.model} ({model_type}) is no language model", "give one that predicts tokens"
+            )
+        return own(known)
+    if not (architecture.remote_code and trust_remote_code):
+        raise UserError(
+            f"transformers does not know {architecture.model}, a model of type {model_type!r}",
+            "where its code comes with its weights, read it, then set trust_remote_code: true",
+        )
+    own = transformers.AutoConfig.from_pretrained(architecture.model, trust_remote_code=True)
+    return _auto_class(own).from_config(own, trust_remote_code=True)
+
+
+def loads(architecture: Architecture) -> bool:
+    """Tell whether a study can load a model: transformers has a class for it that gives logits for every position.
+
+    Args:
+        architecture: What is known of it.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from dllm_sparsity.lm.loading import _auto_class
+
+    kind = architecture.config["model_type"]
+    if architecture.remote_code or kind not in CONFIG_MAPPING:
+        return architecture.remote_code
+    known = CONFIG_MAPPING[kind]()
+    known.architectures = architecture.config.get("architectures")
+    return type(known) in _auto_class(known)._model_mapping
+
+
+class LladaSkeleton(nn.Module):
+    """LLaDA's modules under upstream's names; it holds a structure and cannot be run.
+
+    Args:
+        config: Fields of its config.json.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        width, vocabulary = config["d_model"], config.get("embedding_size") or config["vocab_size"]
+        self.model = nn.Module()
+        parts: dict[str, nn.Module] = {
+            "wte": nn.Embedding(vocabulary, width),
+            "blocks": nn.ModuleList(_llada_block(config) for _ in range(config["n_layers"])),
+            "ln_f": nn.RMSNorm(width),
+        }
+        if not config.get("weight_tying"):
+            parts["ff_out"] = nn.Linear(width, vocabulary, bias=False)
+        self.model.add_module("transformer", nn.ModuleDict(parts))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the table of token embeddings."""
+        return self.get_submodule("model.transformer.wte")
+
+
+def _llada_block(config: dict[str, Any]) -> nn.Module:
+    width, ffn = config["d_model"], config["mlp_hidden_size"]
+    rows = width // config["n_heads"] * (config.get("n_kv_heads") or config["n_heads"])
+    block = nn.Module()
+    for name, part in {
+        "attn_norm": nn.RMSNorm(width),
+        "ff_norm": nn.RMSNorm(width),
+        "q_proj": nn.Linear(width, width, bias=False),
+        "k_proj": nn.Linear(width, rows, bias=False),
+        "v_proj": nn.Linear(width, rows, bias=False),
+        "attn_out": nn.Linear(width, width, bias=False),
+        "act": nn.SiLU(),
+        "ff_proj": nn.Linear(width, ffn, bias=False),
+        "up_proj": nn.Linear(width, ffn, bias=False),
+        "ff_out": nn.Linear(ffn, width, bias=False),
+    }.items():
+        block.add_module(name, part)
+    return block

@@ -1,0 +1,68 @@
+"""Check the tasks of a study by lm-eval's index, which holds their settings and none of their data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.config import ModelConfig, TaskSpec
+from dllm_sparsity.study.tasks import RUN_CODE, find_task
+
+MAX_NEW_TOKENS = 256
+"""What backends generate where a task names no number."""
+
+
+def check_tasks(tasks: Iterable[TaskSpec]) -> tuple[list[str], dict[str, int]]:
+    """Return what is wrong with the tasks, and how many tokens each generation task asks for.
+
+    Args:
+        tasks: The tasks of a study; those given as a file or a text are only looked for.
+    """
+    problems: list[str] = []
+    lengths: dict[str, int] = {}
+    for task in tasks:
+        if task.name is None:
+            continue
+        try:
+            index = find_task(task.name).task_index
+        except UserError as error:
+            problems.append(f"tasks: {error.message}; {error.hint}")
+            continue
+        if not task.run_code and _runs_code(index, task.name):
+            problems.append(f"task {task.name} runs code that the model wrote; {RUN_CODE}")
+        settings = getattr(index.get(task.name), "cfg", None) or {}
+        if settings.get("output_type") == "generate_until":
+            asked = (settings.get("generation_kwargs") or {}).get("max_gen_toks")
+            lengths[task.name] = MAX_NEW_TOKENS if asked is None else int(asked)
+    return problems, lengths
+
+
+def _runs_code(index: Any, name: str) -> bool:
+    """Tell whether a task, or one of those that a group or tag stands for, runs what the model wrote."""
+    entry = index.get(name)
+    if entry is None:
+        return False
+    settings = entry.cfg or {}
+    below = settings.get("task") if "group" in settings else sorted(entry.tags) if entry.cfg is None else ()
+    names = [each for each in below or () if isinstance(each, str) and each != name]
+    return bool(settings.get("unsafe_code")) or any(_runs_code(index, each) for each in names)
+
+
+def check_lengths(model: ModelConfig, sampler: Any, lengths: dict[str, int]) -> list[str]:
+    """Return which tasks' lengths do not divide into a diffusion model's blocks and steps.
+
+    Args:
+        model: The model and how it is run.
+        sampler: Its sampler.
+        lengths: Task -> new tokens.
+    """
+    from dllm_sparsity.diffusion.denoise import DenoiseSettings
+
+    said = []
+    for task, length in lengths.items():
+        try:
+            DenoiseSettings(length, steps=model.steps, block_length=model.block_length, sampler=sampler)
+        except UserError as error:
+            said.append(f"task {task}: {error.message}; {error.hint}")
+    return said
