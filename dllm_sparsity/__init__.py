@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dllm_sparsity.comparison import Comparison as Comparison
     from dllm_sparsity.comparison import compare as compare
+    from dllm_sparsity.diffusion.attention_mask import block_causal_mask as block_causal_mask
     from dllm_sparsity.diffusion.observe import observe as observe
+    from dllm_sparsity.diffusion.pipeline_backend import pipeline_backend as pipeline_backend
+    from dllm_sparsity.diffusion.pipelines import pipeline_clock as pipeline_clock
     from dllm_sparsity.errors import UserError as UserError
     from dllm_sparsity.report import save_report as save_report
     from dllm_sparsity.sparsity.clock import Clock as Clock
@@ -32,8 +35,11 @@ _NAMES = {
     "TopK": "dllm_sparsity.sparsity.rules.top_k",
     "TopP": "dllm_sparsity.sparsity.rules.top_p",
     "UserError": "dllm_sparsity.errors",
+    "block_causal_mask": "dllm_sparsity.diffusion.attention_mask",
     "compare": "dllm_sparsity.comparison",
     "observe": "dllm_sparsity.diffusion.observe",
+    "pipeline_backend": "dllm_sparsity.diffusion.pipeline_backend",
+    "pipeline_clock": "dllm_sparsity.diffusion.pipelines",
     "save_report": "dllm_sparsity.report",
     "sparsify": "dllm_sparsity.sparsity.sparsifier",
 }

@@ -12,7 +12,7 @@ from dllm_sparsity.diffusion.denoise import DenoiseSettings, denoise, ended, gui
 from dllm_sparsity.diffusion.likelihood import MAX_EXACT, MaskPlan, exact, monte_carlo, target_seed
 from dllm_sparsity.diffusion.sampler import Sampler
 from dllm_sparsity.diffusion.samplers.low_confidence import LowConfidence
-from dllm_sparsity.diffusion.tokens import closing_tokens, find_mask_id, up_to
+from dllm_sparsity.diffusion.tokens import closing_tokens, cut_answer, find_mask_id
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.base import Generation, PromptBatch, Score, SparsityLM, Target
 from dllm_sparsity.lm.call import pad
@@ -226,20 +226,10 @@ class DiffusionBackend(SparsityLM):
                 canvas = step.canvas
                 if finished.says(ended(canvas, self.mask_id, self.eot_token_id).all()):
                     break
-        return [self._cut(row, count, batch.until) for row, count in zip(canvas.tolist(), nfe.tolist(), strict=True)]
-
-    def _cut(self, tokens: list[int], nfe: int, until: list[str]) -> Generation:
-        if self.eot_token_id in tokens:
-            tokens = tokens[: tokens.index(self.eot_token_id) + 1]
-        new_tokens = len(tokens)
-        if self.eot_token_id is not None and tokens[-1:] == [self.eot_token_id]:
-            tokens = tokens[:-1]
-        for stop in until:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            if stop in text:
-                tokens = up_to(self.tokenizer, tokens, stop)
-                new_tokens = len(tokens)
-        return Generation(tokens, new_tokens, nfe)
+        return [
+            cut_answer(self.tokenizer, row, count, self.eot_token_id, batch.until)
+            for row, count in zip(canvas.tolist(), nfe.tolist(), strict=True)
+        ]
 
 
 def _fit(context: list[int], room: int) -> list[int]:

@@ -75,9 +75,14 @@ class DenoiseSettings:
         return self.max_new_tokens if self.steps is None else self.steps
 
     @property
+    def fill_steps(self) -> int:
+        """Steps at most in which something of a block is masked."""
+        return self.sampler.steps_per_block(self.total_steps // self.blocks, self.block, self.max_new_tokens)
+
+    @property
     def steps_per_block(self) -> int:
         """Steps a block takes at most."""
-        return self.block if self.sampler.adaptive else self.total_steps // self.blocks
+        return self.fill_steps + self.sampler.edit_steps
 
     @property
     def max_forwards(self) -> int:
@@ -95,7 +100,8 @@ class DenoiseStep:
         step: Denoising step, counted over the whole canvas.
         canvas: Token ids after this forward pass, prompt cut off.
         committed: Positions that this forward pass committed.
-        active: Rows that had something masked in this block before it, and whose text was not finished.
+        edited: Committed positions whose token it replaced.
+        active: Rows that had something left to do in this block, and whose text was not finished.
     """
 
     branch: str
@@ -103,6 +109,7 @@ class DenoiseStep:
     step: int
     canvas: Int[Tensor, "batch new"]
     committed: Bool[Tensor, "batch new"]
+    edited: Bool[Tensor, "batch new"]
     active: Bool[Tensor, "batch"]
 
 
@@ -131,8 +138,8 @@ def denoise(
         generators: Randomness, one a row; seeded by the row's number when None.
 
     Source: Nie et al. 2025 (LLaDA), section 2.4 and Algorithm 5, https://arxiv.org/abs/2502.09992. Differs: guidance
-    is two forward passes; an adaptive sampler's block is left when nothing is masked. On a GPU that is learnt some
-    forward passes late, and these are not counted.
+    is two forward passes; an adaptive sampler's block is left when nothing is masked, or edited any more. On a GPU that
+    is learnt some forward passes late, and these are not counted. A row whose text is finished is not edited.
     """
     rows = pad([[*prompt, *[mask_id] * settings.max_new_tokens] for prompt in prompts], pad_id, "left").to(call.device)
     ids, start = rows.ids, rows.ids.shape[1] - settings.max_new_tokens
@@ -140,34 +147,72 @@ def denoise(
     fixed = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
     now = torch.zeros_like(ids[:, start:], dtype=torch.bool)  # committed by the row's step before
     compare = Compare.START
+    sampler, nothing = settings.sampler, torch.zeros_like(now)
     for block in range(settings.blocks):
         left, right = start + block * settings.block, start + (block + 1) * settings.block
-        schedule = _schedule((ids[:, left:right] == mask_id).sum(-1), settings.steps_per_block)
-        finished = Poll()
-        for turn in range(min(settings.steps_per_block, settings.block)):  # the schedule has no commit after that
+        schedule = _schedule((ids[:, left:right] == mask_id).sum(-1), settings.fill_steps)
+        editing = _Editing(schedule, sampler.edit_steps) if sampler.edit_steps else None
+        finished, drawn = Poll(), draw.fork() if sampler.adaptive else draw
+        turns = settings.steps_per_block if sampler.adaptive else min(settings.steps_per_block, settings.block)
+        for turn in range(turns):  # an even schedule has no commit after as many as the block has tokens
             masked = ids[:, left:right] == mask_id
-            active = masked.any(-1) & ~ended(ids[:, start:], mask_id, eos_id)
-            if settings.sampler.adaptive and finished.says(~masked.any()):
+            over = ended(ids[:, start:], mask_id, eos_id)
+            going = masked.any(-1) if editing is None else editing.going & ~over
+            active = going & ~over
+            if sampler.adaptive and finished.says(~going.any()):
                 break
             step = block * settings.steps_per_block + turn  # the same for a row alone and in any batch
-            states = torch.cat([fixed[:, :start], _states(ids[:, start:], now, mask_id, eos_id)], dim=1)
+            states = torch.cat([fixed[:, :start], token_states(ids[:, start:], now, mask_id, eos_id)], dim=1)
             states = states.masked_fill(~active.unsqueeze(-1), TokenState.PAD)  # a row that only waits is not counted
             clock.tick(Slot(Phase.DENOISE, "cond", block, step), states, compare)
             logits = block_logits(call, rows, left, right, settings.logits_shift)
             if settings.cfg_scale:
-                yield DenoiseStep("cond", block, step, ids[:, start:].clone(), torch.zeros_like(now), active)
+                yield DenoiseStep("cond", block, step, ids[:, start:].clone(), nothing, nothing, active)
                 clock.tick(Slot(Phase.DENOISE, "uncond", block, step), states, compare)
                 blank = torch.cat([ids[:, :start].masked_fill(rows.real[:, :start], mask_id), ids[:, start:]], dim=1)
                 free = block_logits(call, replace(rows, ids=blank), left, right, settings.logits_shift)
                 logits = guided(logits, free, settings.cfg_scale)
-            tokens, commit = settings.sampler.commit(logits, masked, schedule[:, turn], draw)
-            ids[:, left:right] = torch.where(commit, tokens, ids[:, left:right])
-            fresh = torch.zeros_like(now)
-            fresh[:, left - start : right - start] = commit
-            now = torch.where(active.unsqueeze(-1), fresh, now)
+            count = schedule[:, turn] if editing is None else editing.num_commits
+            tokens, commit, edit = sampler.refine(logits, ids[:, left:right], masked, count, drawn)
+            if editing is not None:
+                commit, edit = commit & active.unsqueeze(-1), edit & active.unsqueeze(-1)
+                editing.after(masked.any(-1), edit.any(-1))
+            ids[:, left:right] = torch.where(commit | edit, tokens, ids[:, left:right])
+            committed, edited = nothing.clone(), nothing.clone()
+            committed[:, left - start : right - start], edited[:, left - start : right - start] = commit, edit
+            now = torch.where(active.unsqueeze(-1), committed | edited, now)
             branch = "uncond" if settings.cfg_scale else "cond"
-            yield DenoiseStep(branch, block, step, ids[:, start:].clone(), fresh, active)
+            yield DenoiseStep(branch, block, step, ids[:, start:].clone(), committed, edited, active)
             compare = Compare.PREVIOUS
+
+
+class _Editing:
+    """Which rows of a block a sampler that edits is not done with; each row as if it were alone."""
+
+    def __init__(self, schedule: Int[Tensor, "batch steps"], edit_steps: int) -> None:
+        self._schedule, self._edit_steps = schedule, edit_steps
+        self._filled, self._polished = torch.zeros_like(schedule[:, 0]), torch.zeros_like(schedule[:, 0])
+        self.going = torch.ones_like(self._filled, dtype=torch.bool)
+
+    @property
+    def num_commits(self) -> Int[Tensor, "batch"]:
+        """Commits that the schedule asks of each row now."""
+        place = self._filled.clamp(max=self._schedule.shape[1] - 1)
+        return self._schedule.gather(1, place.unsqueeze(-1)).squeeze(-1)
+
+    def after(self, had_masks: Bool[Tensor, "batch"], edited: Bool[Tensor, "batch"]) -> None:
+        """Note what a step did; a row is done when its steps are spent, or nothing is masked and nothing was edited.
+
+        Args:
+            had_masks: Whether something was masked before the step.
+            edited: Whether the step replaced a token.
+        """
+        self._filled += had_masks
+        self._polished += ~had_masks
+        more = torch.where(
+            had_masks, self._filled < self._schedule.shape[1], edited & (self._polished < self._edit_steps)
+        )
+        self.going = self.going & more
 
 
 def block_logits(call: ModelCall, rows: Rows, left: int, right: int, shift: bool) -> Float[Tensor, "batch block vocab"]:
@@ -217,8 +262,17 @@ def ended(canvas: Tensor, mask_id: int, eos_id: int | None) -> Bool[Tensor, "bat
     return after.any(-1) & ~((canvas == mask_id) & ~after).any(-1)
 
 
-def _states(canvas: Tensor, now: Tensor, mask_id: int, eos_id: int | None) -> Tensor:
-    """Return the state of each canvas token."""
+def token_states(
+    canvas: Int[Tensor, "batch new"], now: Bool[Tensor, "batch new"], mask_id: int, eos_id: int | None
+) -> Int[Tensor, "batch new"]:
+    """Return the state of each canvas token.
+
+    Args:
+        canvas: Token ids, prompt cut off.
+        now: True where a token was written by the step before.
+        mask_id: Id of the mask token.
+        eos_id: Id of the end token; None where there is none.
+    """
     states = torch.where(now, TokenState.COMMITTED_NOW, TokenState.COMMITTED)
     if eos_id is not None:
         end = (canvas == eos_id).long()

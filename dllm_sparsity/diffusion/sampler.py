@@ -1,10 +1,10 @@
-"""The contract of a sampler: which masked positions a denoising step commits, and to what."""
+"""The contract of a sampler: which masked positions a denoising step commits, to what, and which it edits."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -38,6 +38,11 @@ class Draw:
         rows = [torch.rand(*shape, dtype=torch.float64, generator=generator) for generator in self.generators]
         return upload(torch.stack(rows), device)
 
+    def fork(self) -> Draw:
+        """Return generators of one block's own: how many steps a block takes must not move what later blocks draw."""
+        seeds = [int(torch.randint(2**62, (), generator=generator)) for generator in self.generators]
+        return replace(self, generators=[torch.Generator().manual_seed(seed) for seed in seeds])
+
 
 class Sampler(ABC):
     """Choose commits from logits; knows no model.
@@ -46,7 +51,22 @@ class Sampler(ABC):
     """
 
     adaptive: ClassVar[bool] = False
-    """Whether it ignores the schedule and runs until nothing is masked."""
+    """Whether a block may be done before all its steps are."""
+
+    @property
+    def edit_steps(self) -> int:
+        """Steps at most that a block with nothing masked goes on being edited; 0 if committed tokens stay."""
+        return 0
+
+    def steps_per_block(self, scheduled: int, block: int, length: int) -> int:
+        """Return how many steps may pass in a block until nothing is masked.
+
+        Args:
+            scheduled: What the settings ask for.
+            block: Tokens of a block.
+            length: Tokens of the canvas.
+        """
+        return block if self.adaptive else scheduled
 
     @abstractmethod
     def confidence(
@@ -78,13 +98,60 @@ class Sampler(ABC):
         Returns:
             Token ids, and True where they are to be written.
         """
-        tokens = propose(logits, draw)
-        confidence = self.confidence(logits, tokens, draw).masked_fill(~masked, -torch.inf)
+        tokens = self.propose(logits, draw)
+        return tokens, self.choose(self.confidence(logits, tokens, draw), masked, num_commits)
+
+    def refine(
+        self,
+        logits: Float[Tensor, "batch seq vocab"],
+        canvas: Int[Tensor, "batch seq"],
+        masked: Bool[Tensor, "batch seq"],
+        num_commits: Int[Tensor, "batch"],
+        draw: Draw,
+    ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+        """Do one denoising step: `commit`, and replace committed tokens where a sampler edits.
+
+        Args:
+            logits: As in `commit`.
+            canvas: Token ids of the block.
+            masked: As in `commit`.
+            num_commits: As in `commit`.
+            draw: As in `commit`.
+
+        Returns:
+            Token ids, True where they fill a mask, and True where they replace a committed token.
+        """
+        tokens, commit = self.commit(logits, masked, num_commits, draw)
+        return tokens, commit, torch.zeros_like(commit)
+
+    def propose(self, logits: Float[Tensor, "batch seq vocab"], draw: Draw) -> Int[Tensor, "batch seq"]:
+        """Return a token for each position.
+
+        Args:
+            logits: As in `commit`.
+            draw: As in `commit`.
+        """
+        return propose(logits, draw)
+
+    def choose(
+        self,
+        confidence: Float[Tensor, "batch seq"],
+        masked: Bool[Tensor, "batch seq"],
+        num_commits: Int[Tensor, "batch"],
+    ) -> Bool[Tensor, "batch seq"]:
+        """Mark the masked positions to commit.
+
+        Args:
+            confidence: Of every position.
+            masked: As in `commit`.
+            num_commits: As in `commit`.
+        """
+        confidence = confidence.masked_fill(~masked, -torch.inf)
         order = confidence.argsort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
         )
-        return tokens, self.select(confidence, rank, num_commits) & masked
+        return self.select(confidence, rank, num_commits) & masked
 
     def select(
         self, confidence: Float[Tensor, "batch seq"], rank: Int[Tensor, "batch seq"], num_commits: Int[Tensor, "batch"]

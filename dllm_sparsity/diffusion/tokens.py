@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.items import Generation
 
 
 def find_mask_id(model: Any, tokenizer: Any, given: str | int | None) -> int:
@@ -56,3 +57,26 @@ def up_to(tokenizer: Any, tokens: list[int], stop: str) -> list[int]:
         if stop in tokenizer.decode(tokens[:end], skip_special_tokens=True):
             return tokens[:end]
     return tokens
+
+
+def cut_answer(tokenizer: Any, tokens: list[int], nfe: int, end: int | None, until: list[str]) -> Generation:
+    """Return a canvas up to its end token or the first stop string.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        tokens: Token ids of the whole canvas.
+        nfe: Forward passes that it took.
+        end: Id of the end token; counted among the new tokens, and not part of the answer.
+        until: Stop strings.
+    """
+    if end in tokens:
+        tokens = tokens[: tokens.index(end) + 1]
+    new_tokens = len(tokens)
+    if end is not None and tokens[-1:] == [end]:
+        tokens = tokens[:-1]
+    for stop in until:
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if stop in text:
+            tokens = up_to(tokenizer, tokens, stop)
+            new_tokens = len(tokens)
+    return Generation(tokens, new_tokens, nfe)

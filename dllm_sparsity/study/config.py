@@ -38,6 +38,11 @@ class ModelConfig(_Frozen):
     cfg_scale: float = Field(default=0.0, ge=0)
     sampler: str = "low_confidence"
     confidence_threshold: float | None = Field(default=None, gt=0, le=1)
+    sampler_options: dict[str, Any] = Field(default_factory=dict)
+    """Other fields of the sampler, by name."""
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a mapping has no hash of its own
 
     @property
     def name(self) -> str:
@@ -62,6 +67,8 @@ class TaskSpec(_Frozen):
     num_fewshot: int | None = Field(default=None, ge=0)
     chat_template: bool = False
     mc: int | Literal["exact"] | None = None
+    run_code: bool = False
+    """Consent to a task that runs code which the model wrote, on this machine."""
 
     @model_validator(mode="after")
     def _one_of(self) -> TaskSpec:

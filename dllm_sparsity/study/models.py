@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_sparsity import registry
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import UserError, did_you_mean
 from dllm_sparsity.study.config import EMBEDDED, ModelConfig
 
 _PAIR = Path(__file__).parent.parent / "pair"
@@ -59,15 +59,31 @@ def make_sampler(config: ModelConfig) -> Any:
 
     Args:
         config: The model and how it is run.
+
+    Raises:
+        UserError: An option is unknown, or out of range.
     """
     import dataclasses
 
     cls = registry.get("samplers", config.sampler)
-    if config.confidence_threshold is None:
-        return cls()
-    if "confidence_threshold" not in {field.name for field in dataclasses.fields(cls)}:
-        raise UserError(f"sampler {config.sampler} has no confidence threshold", "use sampler confidence_threshold")
-    return cls(confidence_threshold=config.confidence_threshold)
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    options = dict(config.sampler_options)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UserError(
+            f"sampler {config.sampler} has no option {unknown[0]!r}{did_you_mean(unknown[0], known)}",
+            f"it has: {', '.join(known) or 'none'}",
+        )
+    if config.confidence_threshold is not None:
+        if "confidence_threshold" not in known:
+            raise UserError(f"sampler {config.sampler} has no confidence threshold", "use sampler confidence_threshold")
+        if "confidence_threshold" in options:
+            raise UserError("confidence_threshold is given twice", "take it out of sampler_options")
+        options["confidence_threshold"] = config.confidence_threshold
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise UserError(f"sampler {config.sampler}: {error}", "give numbers where the option is a number") from error
 
 
 def make_rule(name: str, strength: float, parameters: dict[str, Any]) -> Any:
