@@ -72,7 +72,7 @@ def check(paradigm: str, arguments: Mapping[str, Any]) -> Request:
     """
     model_config: Any = registry.load("dllm_sparsity.study.config:ModelConfig")
     of_model = set(model_config.model_fields) - set(_MODEL_NAMES)
-    diffusion = {"confidence_threshold", "sampler_options", *registry.load("dllm_sparsity.study.models:_DIFFUSION")}
+    diffusion = {"confidence_threshold", *registry.load("dllm_sparsity.study.models:_DIFFUSION")}
     diffusion |= {name for name in of_model if name.startswith("sampler")}
     of_paradigm = of_model if paradigm == "diffusion" else of_model - diffusion
     of_run = set(SparsityArguments.model_fields)

@@ -32,8 +32,8 @@ class BlockRefinement(Sampler):
         top_k: Tokens to draw from, where the temperature is not 0; None is all.
         top_p: Probability mass to draw from, where the temperature is not 0; None is all.
 
-    Source: Bie et al. 2026 (LLaDA2.1), https://arxiv.org/abs/2602.08676. Differs: each row goes on and stops as if it were
-    alone, ties go to the lower position, and no step is made that could change nothing.
+    Source: Bie et al. 2026 (LLaDA2.1), https://arxiv.org/abs/2602.08676. Differs: each row goes on and stops as if it
+    were alone, ties go to the lower position, and no step is made that could change nothing.
     """
 
     confidence_threshold: float = 0.95
