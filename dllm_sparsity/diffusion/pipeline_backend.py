@@ -15,6 +15,7 @@ from dllm_sparsity.diffusion.pipelines import PipelineClock, check_pipeline, pip
 from dllm_sparsity.diffusion.tokens import cut_answer
 from dllm_sparsity.errors import UserError, did_you_mean
 from dllm_sparsity.lm.base import Generation, PromptBatch, Score, SparsityLM, Target
+from dllm_sparsity.lm.loading import ModelSource, load
 
 _OURS = ("prompt", "messages", "image", "input_ids", "attention_mask", "use_chat_template", "add_generation_prompt")
 _OURS_TOO = ("gen_length", "generator", "output_type", "return_dict", "callback_on_step_end_tensor_inputs")
@@ -38,6 +39,45 @@ def pipeline_backend(pipe: Any, **settings: Any) -> LLaDA2Backend | DiffusionGem
     """
     kind = LLaDA2Backend if pipeline_kind(pipe) == "llada2" else DiffusionGemmaBackend
     return kind(pipe, **settings)
+
+
+def open_pipeline(
+    source: ModelSource, kind: str, options: dict[str, Any], block_length: int | None = None, **settings: Any
+) -> LLaDA2Backend | DiffusionGemmaBackend:
+    """Load a model, put it into its pipeline with the scheduler it was published with, and return that as an LM.
+
+    A LLaDA2 trained block by block runs with `block_causal_mask`.
+
+    Args:
+        source: Where the model comes from.
+        kind: `llada2` or `diffusion_gemma`.
+        options: Arguments of the pipeline's call.
+        block_length: Of LLaDA2's blocks; the scheduler's own when None.
+        settings: Arguments of the backend.
+
+    Raises:
+        UserError: The model cannot be loaded, diffusers is missing, or an option is unknown.
+    """
+    model, tokenizer = load(source)
+    try:
+        from diffusers import (
+            BlockRefinementScheduler,
+            DiffusionGemmaPipeline,
+            EntropyBoundScheduler,
+            LLaDA2Pipeline,
+        )
+    except ImportError as error:
+        raise UserError("diffusers is not installed", "pip install dllm-sparsity[diffusers]") from error
+    if kind == "llada2":
+        scheduler = BlockRefinementScheduler(**({} if block_length is None else {"block_length": block_length}))
+        pipe = LLaDA2Pipeline(model=model, scheduler=scheduler, tokenizer=tokenizer)
+        given = {**options, "block_length": scheduler.config.block_length}
+        settings |= {"options": given, "block_causal": is_block_trained(model)}
+    else:
+        pipe = DiffusionGemmaPipeline(model=model, scheduler=EntropyBoundScheduler(), processor=tokenizer)
+        settings["options"] = options
+    pipe.set_progress_bar_config(disable=True)
+    return pipeline_backend(pipe, **settings)
 
 
 class _Runs:

@@ -114,7 +114,12 @@ def _auto_class(config: Any) -> Any:
         if name in remote:
             return classes.get(name, AutoModel)
     architectures = getattr(config, "architectures", None) or [""]
-    return AutoModelForMaskedLM if architectures[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if architectures[0].endswith("ForMaskedLM") else AutoModelForCausalLM
+    if type(config) not in auto._model_mapping and architectures[0].startswith("DiffusionGemma"):
+        import transformers
+
+        return getattr(transformers, architectures[0], auto)  # no automatic class knows it
+    return auto
 
 
 def _device(name: str) -> torch.device:

@@ -179,7 +179,7 @@ def _build(architecture: Architecture, config: dict[str, Any], trust_remote_code
     if model_type in CONFIG_MAPPING:
         known = CONFIG_MAPPING[model_type].from_dict({key: value for key, value in config.items() if key != "auto_map"})
         auto: Any = _auto_class(known)
-        if type(known) in auto._model_mapping:
+        if type(known) in getattr(auto, "_model_mapping", ()):
             return auto.from_config(known)
         own = getattr(transformers, (config.get("architectures") or [""])[0], None)
         if own is None:
@@ -211,7 +211,7 @@ def loads(architecture: Architecture) -> bool:
         return architecture.remote_code
     known = CONFIG_MAPPING[kind]()
     known.architectures = architecture.config.get("architectures")
-    return type(known) in _auto_class(known)._model_mapping
+    return type(known) in getattr(_auto_class(known), "_model_mapping", ())
 
 
 class LladaSkeleton(nn.Module):

@@ -19,7 +19,7 @@ from dllm_sparsity.study.models import make_rule, make_sampler, resolve
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-_OWN_LOOP = "attach to its own generate() with observe() and sparsify()"
+_OWN_LOOP = "a study runs DiffusionGemma with pipeline: diffusion_gemma; elsewhere use observe() and sparsify()"
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,13 @@ def check_study(config: StudyConfig) -> StudyCheck:
     notes: list[str] = []
     for rule in config.rules:
         _check_rule(rule, problems)
-    said, lengths = check_tasks(config.tasks)
+    said, lengths, scored = check_tasks(config.tasks)
     problems += said
+    for model in config.models:
+        if model.pipeline == "diffusion_gemma":
+            problems += [
+                f"{model.name}: task {name} scores likelihoods, which this model has none of" for name in scored
+            ]
     models = tuple(_check_model(model, config.rules, lengths, problems, notes) for model in config.models)
     asked = tuple(dict.fromkeys(site for rule in config.rules for site in rule.sites))
     distinct = tuple(dict.fromkeys(problems))
@@ -114,7 +119,7 @@ def _check_model(
     model: ModelConfig, rules: Sequence[RuleConfig], lengths: dict[str, int], problems: list[str], notes: list[str]
 ) -> ModelCheck:
     said: list[str] = []
-    if model.paradigm == "diffusion":
+    if model.paradigm == "diffusion" and model.pipeline is None:
         try:
             sampler = make_sampler(model)
         except UserError as error:
@@ -132,7 +137,7 @@ def _check_model(
         return blank
     said += [*_loading(model, architecture), *coverage(ffns, layers, rules)]
     mask = None
-    if model.paradigm == "diffusion":
+    if model.paradigm == "diffusion" and model.pipeline != "diffusion_gemma":
         try:
             mask = _mask_token(model, architecture, built, notes)
         except UserError as error:
@@ -228,7 +233,7 @@ def _loading(model: ModelConfig, architecture: Architecture) -> list[str]:
     said = []
     if architecture.remote_code and not model.trust_remote_code:
         said.append("its code comes with its weights; read it, then set trust_remote_code: true")
-    if not loads(architecture):
+    if model.pipeline is None and not loads(architecture):
         said.append(f"transformers has no class that loads it for a study; {_OWN_LOOP}")
     if architecture.bidirectional is not None and architecture.bidirectional != (model.paradigm == "diffusion"):
         kind = "bidirectional, not autoregressive" if architecture.bidirectional else "causal, not a diffusion model"

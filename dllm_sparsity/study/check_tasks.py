@@ -13,16 +13,18 @@ MAX_NEW_TOKENS = 256
 """What backends generate where a task names no number."""
 
 
-def check_tasks(tasks: Iterable[TaskSpec]) -> tuple[list[str], dict[str, int]]:
-    """Return what is wrong with the tasks, and how many tokens each generation task asks for.
+def check_tasks(tasks: Iterable[TaskSpec]) -> tuple[list[str], dict[str, int], list[str]]:
+    """Return what is wrong with the tasks, how many tokens generation tasks ask for, and which score likelihoods.
 
     Args:
         tasks: The tasks of a study; those given as a file or a text are only looked for.
     """
     problems: list[str] = []
     lengths: dict[str, int] = {}
+    scored: list[str] = []
     for task in tasks:
         if task.name is None:
+            scored.append(str(task.text))
             continue
         try:
             index = find_task(task.name).task_index
@@ -35,7 +37,9 @@ def check_tasks(tasks: Iterable[TaskSpec]) -> tuple[list[str], dict[str, int]]:
         if settings.get("output_type") == "generate_until":
             asked = (settings.get("generation_kwargs") or {}).get("max_gen_toks")
             lengths[task.name] = MAX_NEW_TOKENS if asked is None else int(asked)
-    return problems, lengths
+        elif "output_type" in settings:
+            scored.append(task.name)
+    return problems, lengths, scored
 
 
 def _runs_code(index: Any, name: str) -> bool:

@@ -41,6 +41,11 @@ class ModelConfig(_Frozen):
     sampler_options: dict[str, Any] = Field(default_factory=dict)
     """Other fields of the sampler, by name."""
 
+    pipeline: Literal["llada2", "diffusion_gemma"] | None = None
+    """A pipeline of diffusers to generate with, instead of the loop of this package."""
+    pipeline_options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the pipeline's call, by name."""
+
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # a mapping has no hash of its own
 
@@ -48,6 +53,14 @@ class ModelConfig(_Frozen):
     def name(self) -> str:
         """What people see."""
         return self.label or self.model.removeprefix(EMBEDDED).rstrip("/").rsplit("/", 1)[-1]
+
+    @model_validator(mode="after")
+    def _pipelines_are_of_diffusion(self) -> ModelConfig:
+        if self.pipeline is not None and self.paradigm != "diffusion":
+            raise ValueError("a pipeline is of the paradigm diffusion")
+        if self.pipeline is None and self.pipeline_options:
+            raise ValueError("pipeline_options without a pipeline")
+        return self
 
     @field_validator("mc")
     @classmethod

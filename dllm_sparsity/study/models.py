@@ -48,10 +48,28 @@ def open_backend(config: ModelConfig, device: str, seed: int) -> Any:
         resolve(config.model), config.revision, config.trust_remote_code, config.dtype, choose_device(device)
     )
     settings: dict[str, Any] = {"batch_size": config.batch_size, "max_length": config.max_length, "seed": seed}
+    if config.pipeline is not None:
+        settings |= {"mask_token": config.mask_token, "mc": config.mc} if config.pipeline == "llada2" else {}
+        opened = registry.load("dllm_sparsity.diffusion.pipeline_backend:open_pipeline")
+        return opened(source, config.pipeline, dict(config.pipeline_options), config.block_length, **settings)
+    return registry.get("backends", config.paradigm).from_source(source, **backend_settings(config, seed))
+
+
+def backend_settings(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Return the arguments of a model's backend, beside the model itself.
+
+    Args:
+        config: The model and how it is run.
+        seed: Seed of everything random.
+
+    Raises:
+        UserError: An option of the sampler is unknown, or out of range.
+    """
+    settings: dict[str, Any] = {"batch_size": config.batch_size, "max_length": config.max_length, "seed": seed}
     if config.paradigm == "diffusion":
         settings |= {name: getattr(config, name) for name in _DIFFUSION}
         settings["sampler"] = make_sampler(config)
-    return registry.get("backends", config.paradigm).from_source(source, **settings)
+    return settings
 
 
 def make_sampler(config: ModelConfig) -> Any:

@@ -103,7 +103,7 @@ def run_cell(
         "totals": {**collect.totals(samples), "wall_seconds": seconds},
         "parts": parts,
         "environment": environment,
-        "notes": [*tracker.notes, *getattr(lm.model, "shims", ())],
+        "notes": [*reading.notes, *getattr(lm.model, "shims", ())],
     }
     rundir.seal(fingerprint, dict(record), samples, collect.step_table(reading.columns))
 

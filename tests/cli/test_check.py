@@ -232,13 +232,20 @@ def test_wrong_names_are_two_lines(run, tmp_path, changes, message):
     assert len(err.strip().splitlines()) == 2
 
 
-def test_diffusion_gemma_is_covered_in_both_stacks_but_no_study_can_run_it():
+def test_diffusion_gemma_is_covered_in_both_stacks_and_needs_its_pipeline():
     found = check.check_study(build_config(study(**dm("google/diffusiongemma-26B-A4B-it"))))
     (model,) = found.models
     assert (model.layers, model.stacks, model.ok) == (30, 2, False)
     assert model.widths == ((2816, 2112, 0), (2816, 704, 128))
     assert len(found.problems) == 2
-    assert all("attach to its own generate() with observe() and sparsify()" in line for line in found.problems)
+    assert all("pipeline: diffusion_gemma" in line for line in found.problems)
+    with_pipeline = dm("google/diffusiongemma-26B-A4B-it")
+    with_pipeline["models"][0]["pipeline"] = "diffusion_gemma"
+    found = check.check_study(build_config(study(**{**with_pipeline, "tasks": [{"name": "gsm8k"}]})))
+    assert found.problems == ()
+    assert found.models[0].ok
+    found = check.check_study(build_config(study(**{**with_pipeline, "tasks": [{"name": "piqa"}, {"name": "gsm8k"}]})))
+    assert found.problems == (f"{found.models[0].name}: task piqa scores likelihoods, which this model has none of",)
 
 
 def test_a_configuration_from_the_hub_comes_before_the_shipped_one(monkeypatch, tmp_path):
