@@ -95,15 +95,31 @@ def test_weights_of_eight_bits_are_no_weights_to_rank_by() -> None:
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.to(torch.float8_e4m3fn), False)
     assert find_ffns(model)[0].points["intermediate"].weight is None
-    experts = tiny_moe("mixtral").model.layers[0].mlp.experts
-    odd = nn.Module()
-    odd.layers = nn.ModuleList([nn.Module()])
-    odd.layers[0].experts = nn.Module()
-    for key in ("has_gate", "is_transposed", "has_bias", "num_experts"):
-        setattr(odd.layers[0].experts, key, getattr(experts, key))
-    odd.layers[0].experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), False)
-    with pytest.raises(UserError, match=r"float8_e4m3fn.*not covered"):
-        find_ffns(odd)
+
+
+def test_linears_of_fp8_are_covered_and_quantised_experts_refused() -> None:
+    import copy
+
+    from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
+    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+
+    model = tiny.llama()
+    for layer in model.model.layers:
+        for name, linear in list(layer.mlp.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(layer.mlp, name, FP8Linear(linear.in_features, linear.out_features, block_size=(16, 16)))
+    ffns = find_ffns(model)
+    assert [ffn.layer for ffn in ffns] == [0, 1]
+    assert ffns[0].points["intermediate"].weight is None
+    for name, kind, reason in (
+        ("qwen3_moe", FP8Experts, "FP8Experts.*not covered"),
+        ("gpt_oss", Mxfp4GptOssExperts, "Mxfp4GptOssExperts.*not covered"),
+    ):
+        moe = copy.deepcopy(tiny_moe(name))
+        for layer in moe.model.layers:
+            layer.mlp.experts = kind(moe.config)
+        with pytest.raises(UserError, match=reason):
+            find_ffns(moe)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
