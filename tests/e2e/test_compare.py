@@ -133,7 +133,7 @@ def test_a_full_disk_loses_nothing(finished, tmp_path, monkeypatch):
 
 def test_sigint_and_sigterm_leave_sealed_cells(material, tmp_path, study):
     (tmp_path / "study.yaml").write_text(
-        yaml.safe_dump({**study, "rules": [{"name": "top_p", "strengths": [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]}]})
+        yaml.safe_dump({**study, "rules": [{"name": "top_p", "strengths": [n / 100 for n in range(20, 99)]}]})
     )
     command = [sys.executable, "-m", "dllm_sparsity.cli", "compare", "study.yaml", "--out", "run"]
     environment = {
