@@ -41,6 +41,8 @@ items_DATE.parquet and sparsity_DATE.json lie beside lm-eval's results_DATE.json
 
 Several processes share the requests: accelerate launch -m dllm_sparsity.cli eval ...
 
+With --offline nothing is looked up on a network; what is not on this machine is an error before weights are read.
+
 Refused: --use_cache, for it skips the forward passes that are to be counted, and --batch_size auto.
 """
 
@@ -55,9 +57,14 @@ Refused: --use_cache, for it skips the forward passes that are to be counted, an
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[LM-EVAL OPTIONS]")
 def evaluate(arguments: tuple[str, ...]) -> None:
     """Run lm-eval's own command line, attach and count, and write the records; all ranks run this."""
+    offline = "--offline" in arguments
+    if offline:
+        from dllm_sparsity.study.offline import go_offline
+
+        go_offline()  # before a library of the hub is imported
     try:
         with _plain_errors():
-            _run(list(arguments))
+            _run([argument for argument in arguments if argument != "--offline"], offline)
     except (UserError, click.UsageError):
         if not _speaks():
             sys.exit(1)
@@ -94,7 +101,9 @@ def _plain_errors() -> Iterator[None]:
         ) from error
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], offline: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     args = _parse(arguments)
     options = _options(args)
     args.model_args = model_args = _check(options)
@@ -110,9 +119,11 @@ def _run(arguments: list[str]) -> None:
 
     processes = Processes.start(args.device)
     trusts = {"trust_remote_code": True} if options.get("trust_remote_code") else {}  # lm-eval passes it on
-    registered.check(
+    request = registered.check(
         _MODELS[options["model"]], {"batch_size": args.batch_size, "device": args.device, **model_args, **trusts}
     )
+    if offline:
+        _prove(request.model, options)
     setup_logging()
     if processes.rank:
         _hush()
@@ -137,6 +148,26 @@ def _run(arguments: list[str]) -> None:
     finally:
         registered.close()
     processes.stop()
+
+
+def _prove(model: Any, options: dict[str, Any]) -> None:
+    """Refuse a model or a task that is not on this machine, before lm-eval loads the weights."""
+    import lm_eval.tasks
+
+    from dllm_sparsity.cli.task_manager import our_tasks
+    from dllm_sparsity.study.offline import missing_files
+
+    if lacking := missing_files(model):
+        raise UserError(
+            f"offline: {model.name} is not on this machine: {', '.join(lacking)}",
+            "give a local folder, or download it first",
+        )
+    given = options["tasks"]
+    names = given.split(",") if isinstance(given, str) else [name for each in given for name in str(each).split(",")]
+    with our_tasks(given):
+        manager = lm_eval.tasks.TaskManager(include_path=options.get("include_path"))
+        for name in names:
+            manager.load(manager.match_tasks([name]) or [name])
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -205,7 +236,6 @@ def _hush() -> None:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _indices(samples: Any) -> dict[str, list[int]]:

@@ -89,7 +89,7 @@ def warn_of_mask(model: nn.Module, block_length: int) -> list[str]:
         f"the pipeline's 2-D mask it {words[0]}, and it {words[1]} where the mask has zeros (padding, or a last block "
         f"that is not full). Mend it with: block_causal_mask(pipe.model, {block_length})"
     )
-    warnings.warn(note, AttentionMaskWarning, stacklevel=2)
+    warnings.warn(note, AttentionMaskWarning, stacklevel=4)
     return [note]
 
 

@@ -132,7 +132,7 @@ class LLaDA2Backend(_Runs, DiffusionBackend):
         options: Arguments of the pipeline's call. `editing_threshold=None` turns editing off, also where the
             scheduler's config has it on.
         block_causal: Whether to run the model with `block_causal_mask`, as models trained block by block need it.
-        settings: Arguments of `DiffusionBackend`.
+        settings: Arguments of `DiffusionBackend` but those of its own loop; `cfg_scale` is of the likelihood alone.
 
     Raises:
         UserError: The pipeline is another one, or its call has no such argument.
@@ -149,6 +149,9 @@ class LLaDA2Backend(_Runs, DiffusionBackend):
     ) -> None:
         if pipeline_kind(pipe) != "llada2":
             raise UserError(f"{type(pipe).__name__} is no LLaDA2Pipeline", "use pipeline_backend(pipe)")
+        unused = [name for name in ("steps", "block_length", "temperature", "sampler") if name in settings]
+        if unused:
+            raise UserError(f"the pipeline generates by its own {unused[0]}", "give what its call takes in options")
         mask = (options or {}).get("mask_token_id")
         super().__init__(pipe.model, tokenizer or pipe.tokenizer, **{"mask_token": mask, **settings})
         self._prepare(pipe, options)

@@ -77,7 +77,7 @@ class Loop(ABC):
         self._open = self._called = False
 
     def drop(self) -> None:
-        """Count nothing of the last call: it broke off."""
+        """Count nothing of the last call: it broke off, and the whole block with it."""
         if self._open:
             self.clock._clear()
         self._open = self._called = False

@@ -49,15 +49,15 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """
     families = [registry.get("families", name) for name in registry.names("families")]
     found: list[FFN] = []
-    inside = "\0"
+    inside: list[str] = []
     for name, module in model.named_modules():
         number = _BLOCK_NUMBER.search(name)
-        if number is None or _NOT_THE_LM.search(name) or name.startswith(inside):
+        if number is None or _NOT_THE_LM.search(name) or name.startswith(tuple(inside)):
             continue
         ffn = next((hit for family in families if (hit := family.match(name, int(number[1]), module))), None)
         if ffn is not None:
             found.append(_with_norm(ffn, model))
-            inside = f"{ffn.name}."
+            inside.append(f"{ffn.name}.")
     if not found:
         kind = type(model).__name__
         raise UserError(

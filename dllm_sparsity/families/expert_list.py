@@ -18,6 +18,7 @@ from dllm_sparsity.families import Family, any_parameter
 from dllm_sparsity.families.gated import Gated
 from dllm_sparsity.sparsity.hooks import hook
 from dllm_sparsity.sparsity.sites import FFN, Act, Routed, SitePoint
+from dllm_sparsity.sparsity.transfer import Poll
 
 
 class ExpertList(Family):
@@ -81,6 +82,7 @@ class _Tracer:
         self._tokens = 0
         self._sorted = self._places = self._code = torch.empty(0, dtype=torch.long)
         self._now: dict[int, Routed] = {}
+        self._strange = Poll()
 
     def attach(self, points: list[SitePoint], act: Act) -> Callable[[], None]:
         """Let an act work on one site of every expert; what is returned detaches it.
@@ -90,14 +92,15 @@ class _Tracer:
             act: What works on it.
         """
         if not self._users:
-            self._handles = [self._block.register_forward_pre_hook(self._see_block, with_kwargs=True)]
+            first: dict[str, Any] = {"with_kwargs": True, "prepend": True}  # before any rule of another tracker
+            self._handles = [self._block.register_forward_pre_hook(self._see_block, **first)]
             self._handles += [
-                expert.register_forward_pre_hook(partial(self._see_expert, number), with_kwargs=True)
+                expert.register_forward_pre_hook(partial(self._see_expert, number), **first)
                 for number, expert in enumerate(self._experts)
             ]
         self._users += 1
         undos = [
-            hook(point, lambda rows, number=number: act(rows, routed=self._now[number]))
+            hook(point, lambda rows, number=number: act(rows, routed=self._now.get(number)))
             for number, point in enumerate(points)
         ]
 
@@ -124,7 +127,7 @@ class _Tracer:
         among_equals = torch.arange(len(mine), device=mine.device) - torch.searchsorted(mine, mine)
         place = torch.searchsorted(self._sorted, mine) + among_equals
         place = place.clamp(max=max(0, self._tokens - 1))
-        if len(mine) and not mine.is_cuda and not torch.equal(self._sorted[place], mine):
+        if len(mine) and self._strange.says((self._sorted[place] != mine).any()):  # on a GPU known some calls late
             raise UserError("an expert was given rows that are not its layer's input", "this form is not covered")
         token = torch.empty_like(order)
         token[order] = self._places[place]

@@ -7,6 +7,7 @@ are tried at every value there is, everything else on random rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,12 +15,12 @@ from torch import nn
 
 from dllm_sparsity.sparsity.kernels import fused
 from dllm_sparsity.sparsity.kernels.fused import Producer
-from dllm_sparsity.sparsity.sites import Act
+from dllm_sparsity.sparsity.sites import Act, GatedForm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dllm_sparsity.sparsity.sites import FFN, GatedForm
+    from dllm_sparsity.sparsity.sites import FFN
 
 _ROWS = 64  # random rows that a form must agree on
 _MULTIPLIED = ("silu_mul", "gelu_tanh_mul", "gelu_mul")
@@ -114,10 +115,13 @@ def take_over_gate(form: GatedForm, kind: str, act: Act) -> Callable[[], None]:
         kind: From `gate_producer`.
         act: Takes the gate's rows and a producer, gives the rows after the rule.
     """
+    own = {id(child): name for name, child in form.module.named_children()}
+    names = [own.get(id(part)) for part in (form.gate, form.up, form.activation, form.down)]
 
-    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+    def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())
-        return form.down(_gated(form, x, kind, act))
+        mine = form if self is form.module else GatedForm(self, *(self.get_submodule(str(name)) for name in names))
+        return mine.down(_gated(mine, x, kind, act))
 
     return _replace_forward(form.module, forward)
 
@@ -130,9 +134,9 @@ def take_over_norm(norm: nn.Module, act: Act) -> Callable[[], None]:
         act: As in `take_over_gate`.
     """
 
-    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+    def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())
-        return _normed(norm, x, act)
+        return _normed(self, x, act)
 
     return _replace_forward(norm, forward)
 
@@ -188,7 +192,7 @@ def _chance(weight: Tensor) -> torch.random.fork_rng:  # type: ignore[valid-type
 
 
 def _replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
-    module.forward = forward
+    module.forward = MethodType(forward, module)  # a copy of the module runs itself, not the original
 
     def undo() -> None:
         del module.forward

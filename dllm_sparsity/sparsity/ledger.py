@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _STATES = len(TokenState)
 _FIRST_SLOTS = 64  # a loop may end long before its longest run; tick makes more room
 _FIRST_BYTES = 4 << 20  # but what is small is made at once
+_READ_BYTES = 64 << 20  # tables are joined to be read, no more than this at once
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,9 @@ class Ledger:
         for point, table in enumerate(self._tables):
             alike.setdefault((table.device, self.points[point].experts > 0), []).append(point)
         for members in alike.values():
-            self._fold(members, slots, bins, clock.items)
+            step = max(1, _READ_BYTES // max(1, max(self._tables[point].nbytes for point in members)))
+            for start in range(0, len(members), step):
+                self._fold(members[start : start + step], slots, bins, clock.items)
 
     def _fold(self, members: list[int], slots: list[Slot], bins: np.ndarray, items: list[Hashable]) -> None:
         """Read the lines that hold something, of tables of one device and kind at once; set them back to zero."""
@@ -236,3 +239,14 @@ class Ledger:
             NonFiniteError: An activation was NaN or infinite; the first layer and site are named.
         """
         return self._records.read(notes)
+
+    def take(self, notes: Sequence[str] = ()) -> Reading:
+        """Return everything counted since the last take, and forget it.
+
+        Args:
+            notes: As in `read`.
+
+        Raises:
+            NonFiniteError: As in `read`.
+        """
+        return self._records.take(notes)

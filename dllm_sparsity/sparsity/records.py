@@ -128,6 +128,19 @@ class Records:
         del columns["nonfinite"]
         return Reading(columns, self._item_sums(), tuple(notes))
 
+    def take(self, notes: Sequence[str] = ()) -> Reading:
+        """Return everything added since the last take, and forget it.
+
+        Args:
+            notes: As in `read`.
+
+        Raises:
+            NonFiniteError: As in `read`.
+        """
+        reading = self.read(notes)
+        self._keys, self._sums, self._items = [], [], {}
+        return reading
+
     def _item_sums(self) -> dict[Hashable, dict[str, tuple[int, int]]]:
         members: dict[str, list[int]] = {}
         for number, (_, site) in enumerate(self._places):

@@ -156,6 +156,16 @@ class Tracker:
             self.ledger.flush(self.clock)
         return self.ledger.read([*self.notes, *self.clock.notes])
 
+    def take(self) -> Reading:
+        """Return what was counted since the last take and forget it, so that the takes of a run add up to its counts.
+
+        Raises:
+            NonFiniteError: An activation was NaN or infinite.
+        """
+        if self.ledger in self.clock.listeners:
+            self.ledger.flush(self.clock)
+        return self.ledger.take([*self.notes, *self.clock.notes])
+
     def _detach(self) -> None:
         for undo in self._undo.values():
             undo()
@@ -184,6 +194,8 @@ class Tracker:
                 if probe is not self or not self._trying:
                     return fusing.make(tensor, producer)
                 return action(tensor, producer, routed)
+            if not self._undo:  # a copy of the model that was made inside the block still has the hooks
+                return fusing.make(tensor, producer)
             self._fired.add(number)
             return action(tensor, producer, routed)
 

@@ -28,12 +28,14 @@ class Architecture:
         config: Fields of its config.json; of a shipped description, those that fix its structure.
         source: Where they come from.
         remote_code: Whether its code comes with its weights.
+        revision: Branch, tag or commit on the hub.
     """
 
     model: str
     config: dict[str, Any]
     source: Source
     remote_code: bool
+    revision: str | None = None
 
     @property
     def layers(self) -> int:
@@ -86,15 +88,15 @@ def find_architecture(model: str, revision: str | None = None) -> Architecture:
         return _described(model, _read(folder / "config.json"), "folder")
     found = _from_hub(model, revision)
     if found is not None:
-        return _described(model, found, "hub")
+        return _described(model, found, "hub", revision)
     shipped = descriptions()[model]
-    return Architecture(model, shipped["config"], "shipped description", bool(shipped.get("remote_code")))
+    return Architecture(model, shipped["config"], "shipped description", bool(shipped.get("remote_code")), revision)
 
 
-def _described(model: str, config: dict[str, Any], source: Source) -> Architecture:
+def _described(model: str, config: dict[str, Any], source: Source, revision: str | None = None) -> Architecture:
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"the configuration of {model} names no model_type", "is it a model of transformers?")
-    return Architecture(model, config, source, bool(config.get("auto_map")))
+    return Architecture(model, config, source, bool(config.get("auto_map")), revision)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -192,8 +194,9 @@ def _build(architecture: Architecture, config: dict[str, Any], trust_remote_code
             f"transformers does not know {architecture.model}, a model of type {model_type!r}",
             "where its code comes with its weights, read it, then set trust_remote_code: true",
         )
-    own = transformers.AutoConfig.from_pretrained(architecture.model, trust_remote_code=True)
-    return _auto_class(own).from_config(own, trust_remote_code=True)
+    keys: dict[str, Any] = {"trust_remote_code": True, "revision": architecture.revision}
+    own = transformers.AutoConfig.from_pretrained(architecture.model, code_revision=architecture.revision, **keys)
+    return _auto_class(own).from_config(own, trust_remote_code=True, code_revision=architecture.revision)
 
 
 def loads(architecture: Architecture) -> bool:

@@ -309,3 +309,45 @@ def test_one_compiled_graph_counts_the_same(name: str, ids: torch.Tensor) -> Non
         readings.append(tracker.read())
     torch._dynamo.reset()
     assert dict(readings[0]) == dict(readings[1])
+
+
+class SharedFirst(nn.Module):
+    """A block that names its shared expert before its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = tiny_moe("llada2").layers[1].mlp
+        self.gate, self.shared_mlp, self.experts = inner.gate, inner.shared_experts, inner.experts
+
+
+def test_experts_are_found_once_wherever_they_stand() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Module()])
+    model.layers[0].mlp = SharedFirst()
+    assert sorted(ffn.name for ffn in find_ffns(model)) == ["layers.0.mlp.experts", "layers.0.mlp.shared_mlp"]
+
+
+@pytest.mark.parametrize("name", ["llada2", "qwen3_moe"])
+def test_a_second_tracker_sees_the_same_tokens(name: str, ids: torch.Tensor) -> None:
+    model = tiny_moe(name)
+    alone = run(model, ids, None, ("input",))
+    with sparsify(model, TopK(0.5), "input"):
+        inner = run(model, ids, None, ("input",))
+    rows: list[Counter] = [Counter(), Counter()]  # with a rule below, later layers route elsewhere, and as much
+    for counter, reading in zip(rows, (alone, inner), strict=True):
+        for layer, state, expert, count in zip(
+            *(reading[k] for k in ("layer", "token_state", "expert", "rows")), strict=True
+        ):
+            counter[layer, state, expert >= 0] += count
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("name", ["llada2", "qwen3_moe"])
+def test_a_copy_made_inside_the_block_runs_without_the_rule_afterwards(name: str, ids: torch.Tensor) -> None:
+    import copy
+
+    model = tiny_moe(name)
+    before = logits(model, ids)
+    with sparsify(model, TopK(0.3), "all"):
+        other = copy.deepcopy(model)
+    assert torch.equal(logits(other, ids), before)

@@ -49,6 +49,9 @@ class BlockRefinement(Sampler):
             value = getattr(self, name)
             if value is not None and not (value > 0 and (value <= 1 or name == "confidence_threshold")):
                 raise UserError(f"{name} {value!r} is out of range", "give a probability in (0, 1]")
+        whole = [value for value in (self.minimal_topk, self.max_post_steps, self.top_k) if value is not None]
+        if not all(isinstance(value, int) for value in whole):
+            raise UserError("minimal_topk, max_post_steps and top_k are whole numbers", "give 1, 2, 3 and so on")
         if self.minimal_topk < 1 or self.max_post_steps < 0 or (self.top_k is not None and self.top_k < 1):
             raise UserError("minimal_topk and top_k must be 1 or more, max_post_steps 0 or more", "raise them")
 
