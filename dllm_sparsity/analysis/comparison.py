@@ -9,7 +9,7 @@ import numpy as np
 
 from dllm_sparsity.analysis.critical import RETENTIONS
 from dllm_sparsity.analysis.curves import Curve, Interval, Reading
-from dllm_sparsity.analysis.statistics import percentile_interval
+from dllm_sparsity.analysis.statistics import percentile_interval, smallest_detectable
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Comparison:
         interval: 95 % bootstrap interval; both curves are resampled over the same documents where they share them.
         paired: Whether they do.
         bounded: Whether one of both curves never fell below the threshold, so that the difference is one-sided.
+        smallest_detectable: Smallest true difference found with 80 % power, by the spread of the draws; None where
+            bounded, for bounds spread less than what they bound.
     """
 
     autoregressive: Curve
@@ -33,6 +35,7 @@ class Comparison:
     interval: Interval
     paired: bool
     bounded: bool
+    smallest_detectable: float | None = None
 
 
 def comparisons(curves: Sequence[Curve], retentions: Sequence[float] = RETENTIONS) -> list[Comparison]:
@@ -49,7 +52,7 @@ def comparisons(curves: Sequence[Curve], retentions: Sequence[float] = RETENTION
             one, two = first.reading(retention=retention), second.reading(retention=retention)
             if one.value is None or two.value is None:
                 continue
-            draws = two.draws - _drawn(one, paired)
+            draws, bounded = two.draws - _drawn(one, paired), one.censored or two.censored
             found.append(
                 Comparison(
                     first,
@@ -58,7 +61,8 @@ def comparisons(curves: Sequence[Curve], retentions: Sequence[float] = RETENTION
                     two.value - one.value,
                     percentile_interval(draws),
                     paired,
-                    one.censored or two.censored,
+                    bounded,
+                    None if bounded else smallest_detectable(float(np.nanstd(draws))),
                 )
             )
     return found

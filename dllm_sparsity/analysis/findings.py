@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dllm_sparsity.analysis.comparison import Comparison
 from dllm_sparsity.analysis.critical import DEFAULT_RETENTION
@@ -36,6 +37,23 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def first_worse(curve: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Return the least sparse cell that is worse than dense, and the cell before it.
+
+    Args:
+        curve: A curve of the summary; its points are in the order of their sparsity.
+
+    Returns:
+        The cell, None where no cell is worse; and the sparsest cell before it, None where there is none.
+    """
+    before = None
+    for point in curve["points"]:
+        if point["outcome"] == "worse":
+            return point, before
+        before = None if point["dense"] else point
+    return None, before
+
+
 def in_words(reading: Reading) -> str:
     """Return a critical sparsity with its interval, or why there is none.
 
@@ -56,7 +74,10 @@ def _pair_sentence(pair: Comparison) -> str:
     better, worse = ("diffusion", "autoregressive") if pair.difference > 0 else ("autoregressive", "diffusion")
     verdict = f"{better} tolerates more sparsity than {worse} ({difference})"
     if low <= 0 <= high:
-        verdict = f"no difference between the paradigms is detectable ({difference})"
+        least = (
+            "" if pair.smallest_detectable is None else f"; smallest detectable {100 * pair.smallest_detectable:.1f}"
+        )
+        verdict = f"no difference between the paradigms is detectable ({difference}{least})"
     bound = " One curve never fell below the threshold, so this compares bounds." if pair.bounded else ""
     told = [
         f"{_model(curve)} up to {in_words(curve.reading(retention=pair.retention))} sparsity"

@@ -44,6 +44,8 @@ def groups_of(cells: Sequence[Cell]) -> tuple[list[Group], list[str]]:
     notes: list[str] = []
     for cell in cells:
         record = cell.record
+        if record.get("replicate"):  # a further run of a dense cell, for the noise floor only
+            continue
         key = (record["paradigm"], record["model"], record["task"])
         if record["dense"]:
             if key in dense:

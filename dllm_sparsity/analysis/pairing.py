@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from dllm_sparsity.analysis.loading import Cell
@@ -28,6 +29,13 @@ class Paired:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Source:
+    table: pa.Table
+    name: str
+    remedy: str
+
+
 def pair(cells: Sequence[Cell]) -> Paired:
     """Pair the items of cells; the first cell names the filter.
 
@@ -39,52 +47,90 @@ def pair(cells: Sequence[Cell]) -> Paired:
     Raises:
         UserError: An item occurs twice, was another document or another prompt, or nothing is shared.
     """
-    filters = cells[0].samples["filter"].unique().to_pylist()
+    record = cells[0].record
+    sources = [
+        _Source(
+            cell.samples,
+            f"cell {cell.record['fingerprint'][:12]}",
+            f"delete {cell.folder} and run the study again",
+        )
+        for cell in cells
+    ]
+    return _pair(sources, record["task"], f"task {record['task']} on {record['model']}")
+
+
+def pair_tables(tables: Sequence[pa.Table]) -> Paired:
+    """Pair the items of sample tables, whatever the order of their rows.
+
+    Args:
+        tables: Tables in the schema of samples.parquet; the first one names the filter.
+
+    Raises:
+        UserError: An item occurs twice, was another document or another prompt, or nothing is shared.
+    """
+    sources = [_Source(table, f"table {number}", "give each item once") for number, table in enumerate(tables, start=1)]
+    tasks = tables[0]["task"].unique().to_pylist()
+    task = str(tasks[0]) if tasks else "no name"
+    return _pair(sources, task, f"task {task}")
+
+
+def item_groups(samples: pa.Table) -> np.ndarray | None:
+    """Return the number of each item's group, from 0 without gaps; None where no two items share one.
+
+    An item without a group stands alone.
+
+    Args:
+        samples: Items, with a column `group` where the task has groups: one passage, one subject, one twin pair.
+    """
+    if "group" not in samples.column_names:
+        return None
+    labels = samples["group"].to_pylist()
+    named = [(row,) if label is None else label for row, label in enumerate(labels)]
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(named))}
+    return np.array([numbers[label] for label in named], dtype=np.int64) if len(numbers) < len(named) else None
+
+
+def _pair(sources: Sequence[_Source], task: str, place: str) -> Paired:
+    filters = sources[0].table["filter"].unique().to_pylist()
     chosen = filters[0] if filters else None
-    rows = [_rows(cell, chosen) for cell in cells]
+    rows = [_rows(source, chosen) for source in sources]
     shared = sorted(set(rows[0]).intersection(*rows[1:]))
     if not shared:
         raise UserError(
-            f"the cells of task {cells[0].record['task']} on {cells[0].record['model']} share no item",
+            f"the cells of {place} share no item",
             "runs must use one task version and one limit: start a fresh run",
         )
     tables = tuple(
-        cell.samples.take(pa.array([own[key] for key in shared])) for cell, own in zip(cells, rows, strict=True)
+        source.table.take(pa.array([own[key] for key in shared])) for source, own in zip(sources, rows, strict=True)
     )
-    for cell, table in zip(cells[1:], tables[1:], strict=True):
+    for source, table in zip(sources[1:], tables[1:], strict=True):
         for column in ("doc_hash", "prompt_hash"):
-            _refuse_mismatch(cells[0], cell, column, shared, tables[0], table)
+            _refuse_mismatch(f"{sources[0].name} and {source.name}", column, shared, tables[0], table)
     notes = []
     if len(filters) > 1:
-        notes.append(f"{cells[0].record['task']} has the filters {', '.join(map(str, filters))}; {chosen} is shown")
+        notes.append(f"{task} has the filters {', '.join(map(str, filters))}; {chosen} is shown")
     if dropped := max(map(len, rows)) - len(shared):
-        notes.append(f"{dropped} items of {cells[0].record['task']} are not in every cell and are left out")
+        notes.append(f"{dropped} items of {task} are not in every cell and are left out")
     return Paired(tuple(shared), tables, tuple(notes))
 
 
-def _rows(cell: Cell, chosen: str | None) -> dict[Key, int]:
-    names = (cell.samples[column].to_pylist() for column in ("task", "doc_id", "filter"))
+def _rows(source: _Source, chosen: str | None) -> dict[Key, int]:
+    names = (source.table[column].to_pylist() for column in ("task", "doc_id", "filter"))
     rows: dict[Key, int] = {}
     for row, (task, doc, name) in enumerate(zip(*names, strict=True)):
         if name != chosen:
             continue
         key = (task or "", -1 if doc is None else doc, name or "")
         if key in rows:
-            raise UserError(
-                f"document {doc} of {task} occurs twice in cell {cell.record['fingerprint'][:12]}",
-                f"delete {cell.folder} and run the study again",
-            )
+            raise UserError(f"document {doc} of {task} occurs twice in {source.name}", source.remedy)
         rows[key] = row
     return rows
 
 
-def _refuse_mismatch(
-    dense: Cell, other: Cell, column: str, keys: Sequence[Key], first: pa.Table, second: pa.Table
-) -> None:
+def _refuse_mismatch(places: str, column: str, keys: Sequence[Key], first: pa.Table, second: pa.Table) -> None:
     for key, ours, theirs in zip(keys, first[column].to_pylist(), second[column].to_pylist(), strict=True):
         if ours != theirs:
             raise UserError(
-                f"{column} of document {key[1]} of {key[0]} differs between cells"
-                f" {dense.record['fingerprint'][:12]} and {other.record['fingerprint'][:12]}",
+                f"{column} of document {key[1]} of {key[0]} differs between {places}",
                 "these cells saw different items and cannot be compared; start a fresh run",
             )

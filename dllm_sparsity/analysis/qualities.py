@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +68,7 @@ def _metric(name: str, samples: pa.Table, dense: pa.Table) -> Pairs:
     return values, np.where(np.isnan(values), np.nan, 1.0)
 
 
+@lru_cache(maxsize=4096)  # right or wrong, most items of a study share a few texts
 def _named(text: str | None, name: str) -> float:
     try:
         value = json.loads(text or "{}").get(name)

@@ -15,6 +15,7 @@ from dllm_sparsity.analysis.findings import findings
 from dllm_sparsity.analysis.loading import Cell, Run
 from dllm_sparsity.analysis.qualities import numbers
 from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
+from dllm_sparsity.analysis.verdicts import Judged, Verdict, judge
 
 SUMMARY_VERSION = 1
 
@@ -31,6 +32,7 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
         UserError: The items of two cells are not the same.
     """
     curves, notes = curves_of(run.cells, draws, seed)
+    judged, limits = judge(curves, run.cells, draws, seed)
     pairs = comparisons(curves)
     return clean(
         {
@@ -41,9 +43,9 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
             "default_reading": DEFAULT_READING,
             "bootstrap": {"draws": draws, "seed": seed, "level": 0.95},
             "findings": findings(curves, pairs),
-            "notes": _notes(run) + notes + _further_notes(run),
+            "notes": _notes(run) + notes + limits + _further_notes(run),
             "counts": _counts(run),
-            "curves": _with_holm([_curve(curve) for curve in curves]),
+            "curves": _with_holm([_curve(*both) for both in zip(curves, judged, strict=True)]),
             "comparisons": [_comparison(pair) for pair in pairs],
             "cells": [_cell(cell) for cell in run.cells],
         }
@@ -69,7 +71,7 @@ def _identity(cell: Cell) -> dict[str, Any]:
     return {name: cell.record[name] for name in ("paradigm", "model", "task", "output_type", "estimator")}
 
 
-def _curve(curve: Curve) -> dict[str, Any]:
+def _curve(curve: Curve, judged: Judged) -> dict[str, Any]:
     dense = curve.points[0]
     return {
         **_identity(curve.group.dense),
@@ -93,15 +95,40 @@ def _curve(curve: Curve) -> dict[str, Any]:
             }
             for own in curve.readings
         ],
-        "points": [_point(point) for point in curve.points],
+        "noise": vars(judged.noise) if judged.noise else None,
+        "points": [_point(*both) for both in zip(curve.points, judged.verdicts, strict=True)],
         **_cost(curve.group.dense),
     }
 
 
-def _point(point: Point) -> dict[str, Any]:
+def _point(point: Point, verdict: Verdict | None) -> dict[str, Any]:
     fields = {name: value for name, value in vars(point).items() if name != "cell"}
     record = point.cell.record
-    return {"fingerprint": record["fingerprint"], "dense": record["dense"], "strength": record["strength"], **fields}
+    named = {"fingerprint": record["fingerprint"], "dense": record["dense"], "strength": record["strength"]}
+    return named | fields | _verdict(verdict)
+
+
+def _verdict(verdict: Verdict | None) -> dict[str, Any]:
+    """Return what is said of a cell against dense; of dense against itself there is nothing to say."""
+    if verdict is None:
+        names = ("standard_error", "p", "p_holm", "comparisons", "test", "groups", "changed", "noise_floor", "outcome")
+        return dict.fromkeys(("smallest_detectable", *names, "words", "short"))
+    test, tested = verdict.test, verdict.p_holm is not None
+    return {
+        "difference_interval": test.interval,
+        "smallest_detectable": test.smallest_detectable,
+        "standard_error": test.standard_error,
+        "p": test.p if tested else None,
+        "p_holm": verdict.p_holm,
+        "comparisons": verdict.comparisons,
+        "test": test.test if tested else None,
+        "groups": test.groups,
+        "changed": test.changed,
+        "noise_floor": verdict.floor,
+        "outcome": verdict.outcome,
+        "words": verdict.words,
+        "short": verdict.short,
+    }
 
 
 def _with_holm(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,6 +152,7 @@ def _comparison(pair: Comparison) -> dict[str, Any]:
         "interval": pair.interval,
         "paired": pair.paired,
         "bounded": pair.bounded,
+        "smallest_detectable": pair.smallest_detectable,
         "items": [len(first.keys), len(second.keys)],
     }
 

@@ -27,7 +27,11 @@ def tables_of(data: ReportData) -> dict[str, pa.Table]:
     found = data.summary or {"curves": [], "cells": []}
     return {
         "points": _flat(
-            {name: curve[name] for name in _CURVE} | point for curve in found["curves"] for point in curve["points"]
+            {name: curve[name] for name in _CURVE}
+            | {"measure": curve["quality"]}  # a point's own `quality` is its value
+            | {name: value for name, value in point.items() if name != "short"}
+            for curve in found["curves"]
+            for point in curve["points"]
         ),
         "critical": _flat(
             {name: curve[name] for name in _CURVE} | reading

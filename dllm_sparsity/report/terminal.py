@@ -9,11 +9,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from dllm_sparsity.analysis.amounts import amounts
+from dllm_sparsity.analysis.findings import first_worse
 from dllm_sparsity.analysis.headline import headline
 from dllm_sparsity.report import words
 
 _SHORT = {"autoregressive": "AR", "diffusion": "diffusion"}
 _UNITS = {"accuracy": "right", "nll": "NLL", "loglikelihood": "log-lik.", "agreement": "equal"}
+_AGAINST = (
+    "First cell worse: by how much and at which sparsity, where the loss stays significant after Holm's correction."
+    " Detectable: the least that the cell before it would have shown. Points of accuracy, or nats per token."
+)
 _STYLES = {"autoregressive": "blue", "diffusion": "dark_orange3"}
 
 
@@ -60,7 +66,39 @@ def render(summary: dict[str, Any]) -> Group:
     notes = [_text(f"note: {note}") for note in [*reasons, *summary["notes"][:3]]]
     if not rows:
         return Group(_text("no curve yet: a dense cell and a cell with a rule must both be finished"), *notes)
-    return Group(table, Padding(_text(explained), (1, 0, 0, 0)), *notes)
+    against = _against_dense(summary, rows, several_rules)
+    return Group(
+        table, Padding(_text(explained), (1, 0, 1, 0)), against, Padding(_text(_AGAINST), (1, 0, 0, 0)), *notes
+    )
+
+
+def _against_dense(summary: dict[str, Any], rows: list[dict[str, Any]], several_rules: bool) -> Table:
+    """Return the least sparse cell of each row that is worse than dense, and what the cell before it could show."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", expand=False)
+    table.add_column("against dense", max_width=20, overflow="fold")
+    table.add_column("", max_width=9, overflow="fold")
+    table.add_column("first cell worse", justify="right", max_width=36, overflow="fold")
+    table.add_column("detectable", justify="right", max_width=10, overflow="fold")
+    task = previous = None
+    for row in rows:
+        names = ("task", "site", "rule", "paradigm", "model", "quality")
+        curve = next(own for own in summary["curves"] if all(own[name] == row[name] for name in names))
+        worse, before = first_worse(curve)
+        if row["task"] != task:
+            table.add_row(_text(row["task"], style="bold"))
+            task = row["task"]
+        place = (row["task"], row["site"], row["rule"])
+        shown = "  " + ", ".join([row["site"], *([row["rule"]] if several_rules else [])])
+        at = "" if worse is None else f"{worse['short'].removeprefix('worse ')} at {words.percent(worse['sparsity'])}"
+        least = None if before is None else before["smallest_detectable"]
+        table.add_row(
+            _text("" if place == previous else shown),
+            _text(str(_SHORT.get(row["paradigm"], row["paradigm"])), style=_STYLES.get(row["paradigm"], "")),
+            _text(at or "none"),
+            _text(words.NOTHING if least is None else amounts([least], row["kind"])[0]),
+        )
+        previous = place
+    return table
 
 
 def _text(content: str, style: str = "") -> Text:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dllm_sparsity.analysis.amounts import amount
+
 NOTHING = "\N{EN DASH}"
 
 
@@ -49,6 +51,25 @@ def interval(ends: Sequence[float | None] | None, kind: str = "accuracy") -> str
     shares = kind in ("accuracy", "agreement")
     low, high = (f"{100 * end:.1f}" if shares else f"{end:.3f}" for end in ends if end is not None)
     return f"[{low}, {high}]"
+
+
+def p_value(value: float | None) -> str:
+    """Return a p-value with three digits, or that it is smaller than these can show.
+
+    Args:
+        value: The p-value, or None.
+    """
+    return "<0.001" if value is not None and value < 0.0005 else number(value, 3)
+
+
+def least(value: float | None, kind: str) -> str:
+    """Return a smallest detectable difference: points for shares, the quality's own unit for everything else.
+
+    Args:
+        value: The difference, or None where there was no spread to go by.
+        kind: Kind of the quality.
+    """
+    return NOTHING if value is None else amount(value, kind)
 
 
 def critical(reading: dict[str, Any]) -> str:

@@ -13,18 +13,18 @@ import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-from dllm_sparsity.analysis.loading import load
+from dllm_sparsity.analysis.loading import Run, load
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.report.data import from_reading, from_run
 from dllm_sparsity.report.html import page
 from dllm_sparsity.report.tables import tables_of
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path | Run) -> Path:
     """Write report.html, summary.json and tables/ of a run directory from its sealed cells.
 
     Args:
-        run_dir: The run directory.
+        run_dir: The run directory, or a run that was loaded or joined.
 
     Returns:
         Path of report.html.
@@ -32,7 +32,7 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         UserError: It holds no finished cell, a file is damaged, or it cannot be written to.
     """
-    run = load(run_dir)
+    run = run_dir if isinstance(run_dir, Run) else load(run_dir)
     data = from_run(run)
     for name, table in tables_of(data).items():
         _write(run.path / "tables" / f"{name}.parquet", _parquet(table))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import numbers
@@ -10,6 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from dllm_sparsity.study.records import PRIMITIVE_SITES, Quality, samples_schema, steps_schema
+
+_SHARED = ("passage", "flores_passage", "article", "story", "paragraph", "context")
+"""Fields of a document that several items may share."""
 
 
 def sample_table(task: Any, name: str, samples: list[dict], log: dict, per_item: dict) -> pa.Table:
@@ -24,6 +28,7 @@ def sample_table(task: Any, name: str, samples: list[dict], log: dict, per_item:
     """
     rows: dict[str, list] = {field.name: [] for field in samples_schema()}
     first = samples[0]["filter"] if samples else None
+    groups = _groups([sample["doc"] for sample in samples if sample["filter"] == first])
     for sample in samples:
         if sample["filter"] != first:
             continue
@@ -51,7 +56,17 @@ def sample_table(task: Any, name: str, samples: list[dict], log: dict, per_item:
             row[f"kept_{site}"], row[f"total_{site}"] = counts.get(site, (None, None))
         for key, column in rows.items():
             column.append(row[key])
-    return pa.table(rows, schema=samples_schema())
+    table = pa.table(rows, schema=samples_schema())
+    return table if groups is None else table.append_column("group", pa.array(groups, pa.string()))
+
+
+def _groups(documents: list[dict]) -> list[str] | None:
+    """Return which items share a passage, for their errors are not independent; None where none do."""
+    for field in _SHARED:
+        texts = [document.get(field) for document in documents]
+        if all(isinstance(text, str) for text in texts) and 1 < len(set(texts)) < len(texts):
+            return [hashlib.sha256(str(text).encode()).hexdigest()[:16] for text in texts]
+    return None
 
 
 def _choices(task: Any, loglikelihoods: list[float]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -58,6 +58,9 @@ SAMPLE_COLUMNS: dict[str, pa.DataType] = {
     # over all layers, without pad, after_eos and uncond; null for a site that was not recorded
     **{f"{count}_{site}": pa.int64() for site in PRIMITIVE_SITES for count in ("kept", "total")},
 }
+OPTIONAL_SAMPLE_COLUMNS: dict[str, pa.DataType] = {
+    "group": pa.string(),  # items with one value depend on each other: one passage, one twin pair; null stands alone
+}
 
 
 class Quality(TypedDict):
@@ -96,6 +99,7 @@ class CellRecord(TypedDict):
     parts: dict[str, Any]  # what the fingerprint was made of
     environment: dict[str, Any]
     notes: list[str]
+    replicate: NotRequired[int]  # 1 and up: a further run of a dense cell with its batches in another order
 
 
 def steps_schema(with_overlap: bool) -> pa.Schema:

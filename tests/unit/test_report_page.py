@@ -90,6 +90,28 @@ def test_files_beside_the_page(run_dir, page):
     assert not [path for path in run_dir.rglob(".*") if path.is_file()]
 
 
+def test_verdicts_are_in_the_page_and_in_the_tables(run_dir, page):
+    points = pq.read_table(run_dir / "tables" / "points.parquet").to_pylist()
+    columns = {
+        "difference",
+        "difference_interval_low",
+        "difference_interval_high",
+        "p",
+        "p_holm",
+        "smallest_detectable",
+    }
+    assert columns | {"words", "comparisons", "test", "groups", "noise_floor", "outcome"} <= set(points[0])
+    assert {point["measure"] for point in points} == {"acc", "nll", "exact_match", "agreement"}
+    told = [point["words"] for point in points if point["outcome"] == "worse"]
+    assert told
+    drawn = "".join(text for name, text in payloads(page).items() if name.startswith("quality"))
+    assert all(words in drawn for words in told)
+    assert all(point["words"] is None for point in points if point["dense"])
+    header = (run_dir / "tables" / "points.csv").read_text().splitlines()[0]
+    assert '"words"' in header
+    assert "Where quality first falls below dense" in page
+
+
 def test_a_report_is_the_same_twice(run_dir, page):
     assert write_report(run_dir).read_text() == page
 
@@ -177,6 +199,8 @@ def test_the_terminal_table_fits_80_columns_without_colour(tmp_path):
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("diffusion") >= 6
+    assert "first cell worse" in text
+    assert re.search(r"by \d+\.\d \[\d+\.\d, \d+\.\d\] at \d+\.\d %", text)
     assert "no speed-up was measured" in text
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from markupsafe import Markup
 
 from dllm_sparsity.analysis.critical import DEFAULT_READING, READINGS
+from dllm_sparsity.analysis.findings import first_worse
 from dllm_sparsity.analysis.headline import reading_of
 from dllm_sparsity.report import words
 from dllm_sparsity.report.data import ReportData
@@ -42,6 +43,7 @@ class Findings(Section):
             found=found,
             panel=panel.html() if panel else "",
             table=_table(curves, found["default_retention"]),
+            against=_against_dense(curves),
             share=f"{100 * found['default_retention']:g} %",
             reasons=sorted(
                 {f"{curve['task']}, {curve['model']}: {reason}" for curve in curves if (reason := _why(curve))}
@@ -115,3 +117,17 @@ def _table(curves: list[dict[str, Any]], retention: float) -> Table:
         )
     columns = ["task", "site", "paradigm", "rule", "dense quality", "n", "tokens per forward"]
     return Table([*columns, *(name.replace("_", " ") for name in order)], rows, 4)
+
+
+def _against_dense(curves: list[dict[str, Any]]) -> Table:
+    """Return the least sparse cell of each curve that is worse than dense, and the one before it, in words."""
+    rows = []
+    for curve in curves:
+        told = [
+            "none" if point is None else f"at {words.percent(point['sparsity'])} {point['words']}"
+            for point in first_worse(curve)
+        ]
+        model = f"{curve['paradigm']} ({curve['model']})"
+        rows.append([curve["task"], curve["site"], model, curve["rule"], curve["quality"], *told])
+    columns = ["task", "site", "paradigm", "rule", "measure", "first cell worse", "the cell before, or the last"]
+    return Table(columns, rows, len(columns))

@@ -135,16 +135,17 @@ def _kept(curve: Curve) -> str:
 def _hover(curve: Curve, point: dict[str, Any]) -> str:
     asked = "dense" if point["dense"] else f"asked {point['strength']:g}" if point["strength"] is not None else "asked"
     measured = f"{curve['quality']} {words.quality(point['quality'], curve['kind'])}"
+    told = f"; {point['words']}" if point["words"] else ""
     return (
         f"{curve['paradigm']} ({curve['model']}), {asked}: achieved {words.percent(point['sparsity'])}, {measured}"
-        f" {words.interval(point['quality_interval'], curve['kind'])}, n={curve['items']}"
+        f" {words.interval(point['quality_interval'], curve['kind'])}, n={curve['items']}{told}"
     )
 
 
 def _table(curves: list[Curve]) -> Table:
     columns = [
-        *("paradigm", "model", "asked", "achieved", "FFN FLOPs saved", "quality", "95 % interval", "less dense"),
-        *("95 % interval", "smallest detectable", "McNemar p, Holm", "kept"),
+        *("paradigm", "model", "asked", "achieved", "against dense", "FFN FLOPs saved", "quality", "95 % interval"),
+        *("less dense", "95 % interval", "smallest detectable", "p", "p, Holm", "test", "kept"),
     ]
     rows = []
     for curve in curves:
@@ -156,13 +157,16 @@ def _table(curves: list[Curve]) -> Table:
                     curve["model"],
                     "dense" if point["dense"] else words.number(point["strength"], 3),
                     words.percent(point["sparsity"]),
+                    point["words"] or words.NOTHING,
                     words.percent(point["flops_saved"]),
                     words.quality(point["quality"], kind),
                     words.interval(point["quality_interval"], kind),
                     words.quality(point["difference"], kind),
                     words.interval(point["difference_interval"], kind),
-                    words.quality(point["smallest_detectable"], kind),
-                    words.number(point.get("mcnemar_p_holm")),
+                    words.least(point["smallest_detectable"], kind),
+                    words.p_value(point["p"]),
+                    words.p_value(point["p_holm"]),
+                    point["test"] or words.NOTHING,
                     words.percent(point["retention"]),
                 ]
             )
