@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import time
 import zlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.call import ModelCall
 from dllm_sparsity.lm.distributed import each_once
 from dllm_sparsity.lm.items import Generation, ItemLog, PromptBatch, Score, Target
+from dllm_sparsity.lm.journal import Journal, answer
 from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load, longest_sequence
-from dllm_sparsity.lm.shared import SharedLM
+from dllm_sparsity.lm.text import TextLM
 from dllm_sparsity.sparsity.clock import Clock
 
 
-class SparsityLM(SharedLM):
+class SparsityLM(TextLM):
     """A language model as lm-eval asks for it, that keeps a clock and a log.
 
     Args:
@@ -49,11 +50,12 @@ class SparsityLM(SharedLM):
         self.log: dict[Hashable, ItemLog] = {}
         self.check_greedy = True
         """Whether loglikelihood requests need `is_greedy`; False saves a diffusion model one decoding each."""
+        self.journal: Journal | None = None
+        """What remembers answered batches, so that a run that was broken off goes on behind them."""
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """Called with (requests done, requests in all) after each batch."""
         self.max_length = max_length or longest_sequence(model, tokenizer)
         self.max_gen_toks = 256
-        self._template: str | None = None
 
     @classmethod
     def from_source(cls, source: ModelSource, **settings: Any) -> Self:
@@ -69,68 +71,6 @@ class SparsityLM(SharedLM):
         model, tokenizer = load(source)
         check_paradigm(model, source.model, cls.bidirectional)
         return cls(model, tokenizer, **settings)
-
-    @property
-    def eot_token_id(self) -> int:
-        """Id of the end-of-text token; of the separator where a masked LM has no other."""
-        end = self.tokenizer.eos_token_id
-        return end if end is not None else self.tokenizer.sep_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """Id that stands before a text without context."""
-        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.cls_token_id)
-        return next((token for token in known if token is not None), self.pad_id)
-
-    @property
-    def pad_id(self) -> int:
-        """Id to pad with; it is masked wherever it could be seen."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(token for token in known if token is not None)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Name of the tokenizer, for lm-eval's caches."""
-        return self.tokenizer.name_or_path.replace("/", "__")
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Choose the template that `apply_chat_template` uses, and return its text; see lm-eval.
-
-        Args:
-            chat_template: True for the tokenizer's default, or the name of one of several.
-        """
-        self._template = super().chat_template(chat_template)
-        return self._template
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation with the tokenizer's chat template.
-
-        Args:
-            chat_history: Messages with `role` and `content`.
-            add_generation_prompt: Whether the assistant speaks next; otherwise the last message is continued.
-        """
-        if not self.tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template", "turn chat_template off for this model")
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Turn text into token ids, with the tokenizer's own special tokens unless told otherwise.
-
-        Args:
-            string: The text; one that begins with the BOS token gets no second one.
-            add_special_tokens: As in transformers; None leaves it to the tokenizer.
-            kwargs: Ignored; other lm-eval models take more.
-        """
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
-            add_special_tokens = False
-        extra = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **extra)
 
     @each_once
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -211,12 +151,11 @@ class SparsityLM(SharedLM):
                 scores[number] = Score(0.0, True, 0.0, 0)
         order = [number for number in order if number not in scores]
         for numbers in self._batches(order, targets):
-            started = time.perf_counter()
-            for number, score in zip(numbers, self._score([targets[n] for n in numbers]), strict=True):
-                scores[number] = score
-            spent = (time.perf_counter() - started) / len(numbers)
-            for number in numbers:
-                self._entry(targets[number].item).seconds += spent
+            batch = [targets[number] for number in numbers]
+            found = answer(self.journal, ("score", self.check_greedy, batch), partial(self._score, batch))
+            scores.update(zip(numbers, found.results, strict=True))
+            for target in batch:
+                self._entry(target.item).seconds += found.seconds / len(batch)
             self.progress(len(scores), len(targets))
         for number, target in enumerate(targets):
             self._entry(target.item).add(target, scores[number], merge)
@@ -258,12 +197,11 @@ class SparsityLM(SharedLM):
             for start in range(0, len(numbers), self.batch_size):
                 chunk = numbers[start : start + self.batch_size]
                 items = [_item(requests[n]) for n in chunk]
-                started = time.perf_counter()
                 own = [draws[n] for n in chunk]
                 batch = PromptBatch([prompts[n][-room:] for n in chunk], items, own, length, until, options)
-                done = self._generate(batch)
-                spent = (time.perf_counter() - started) / len(chunk)
-                for number, item, generation in zip(chunk, items, done, strict=True):
+                found = answer(self.journal, ("generate", batch), partial(self._generate, batch))
+                spent = found.seconds / len(chunk)
+                for number, item, generation in zip(chunk, items, found.results, strict=True):
                     texts[number] = self._log_generation(item, generation, until, spent)
                 self.progress(len(texts), len(requests))
         return [texts[number] for number in range(len(requests))]

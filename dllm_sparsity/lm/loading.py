@@ -76,8 +76,8 @@ def check_exists(model: str, revision: str | None = None) -> None:
     Raises:
         UserError: It is no folder with a config.json, and the hub does not give it.
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub import errors as hub
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -86,22 +86,55 @@ def check_exists(model: str, revision: str | None = None) -> None:
         return
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"no such folder: {model}", "check the path; a model on the hub has an id such as org/name")
-    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1"
     try:
         hf_hub_download(model, "config.json", revision=revision)
-    except hub.GatedRepoError as error:
-        raise UserError(f"{model} is gated", "accept its terms on the hub, then log in with: hf auth login") from error
-    except hub.RepositoryNotFoundError as error:
-        raise UserError(f"no model {model!r} on the hub", "check the id; a private one needs: hf auth login") from error
-    except hub.RevisionNotFoundError as error:
-        raise UserError(f"{model} has no revision {revision!r}", "look at its branches and tags on the hub") from error
-    except hub.HFValidationError as error:
+    except HFValidationError as error:
         raise UserError(f"{model!r} is neither a folder nor a hub id", "ids look like org/name") from error
-    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, OSError) as error:
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        raise UserError(
-            f"model {model!r} is not on this machine and {why}", "give a local folder, or go online"
-        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise hub_error(model, revision, error) from error
+
+
+def hub_error(model: str, revision: str | None, error: Exception) -> UserError:
+    """Return in two lines why the hub does not give a model.
+
+    Args:
+        model: Hub id.
+        revision: Branch, tag or commit that was asked for.
+        error: What the hub's library raised.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub import errors as hub
+
+    cause = error.__cause__
+    if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(cause, hub.HfHubHTTPError):
+        error = cause  # the hub did answer; that the file is not here either is no news
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, hub.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{model}"
+        if status == 403 or (status != 401 and get_token()):
+            return UserError(f"{model} is gated, and your account may not read it", f"accept its terms at {page}")
+        return UserError(
+            f"{model} is gated, and you are not logged in", f"hf auth login, then accept its terms at {page}"
+        )
+    if isinstance(error, hub.RepositoryNotFoundError):
+        why = "log in with an account that may read it" if get_token() else "a private one needs: hf auth login"
+        return UserError(f"no model {model!r} on the hub", f"check the id; {why}")
+    if isinstance(error, hub.RevisionNotFoundError):
+        return UserError(f"{model} has no revision {revision!r}", "look at its branches and tags on the hub")
+    if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
+        return UserError(f"{model} holds no config.json on the hub", "give a model in the format of transformers")
+    if status in (401, 403):
+        return UserError(f"the hub refuses your token for {model}", "make a new one that may read it: hf auth login")
+    if status is not None:
+        return UserError(f"the hub answered {status} when asked for {model}", "try again later, or give a local folder")
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return UserError(
+            f"model {model!r} is not on this machine and HF_HUB_OFFLINE is set",
+            "give a local folder, or with a network, first: dllm-sparsity fetch CONFIG",
+        )
+    return UserError(
+        f"model {model!r} is not on this machine and the hub cannot be reached", "give a local folder, or go online"
+    )
 
 
 def _auto_class(config: Any) -> Any:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
+
+import pyarrow as pa
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.sparsity.sparsifier import sparsify
 from dllm_sparsity.study import collect
+from dllm_sparsity.study.environment import describe_data
+from dllm_sparsity.study.journal import CellJournal
 from dllm_sparsity.study.models import make_rule
-from dllm_sparsity.study.plan import Cell
+from dllm_sparsity.study.plan import Cell, item_order
 from dllm_sparsity.study.records import SCHEMA_VERSION, CellRecord
 from dllm_sparsity.study.rundir import RunDir
 from dllm_sparsity.study.tasks import LoadedTask
@@ -43,32 +49,35 @@ def run_cell(
     rule = None
     if cell.rule is not None and cell.strength is not None:
         rule = make_rule(cell.rule.name, cell.strength, cell.rule.parameters)
-    lm.log.clear()
-    lm.check_greedy = needs_greedy(task.task)
-    mc = getattr(lm, "mc", None)
-    if cell.task.mc is not None and mc is not None:
-        lm.mc = cell.task.mc
     layers = cell.rule.layers if cell.rule is not None else None
     task.task.set_fewshot_seed(seed=parts["seed"])  # lm-eval draws on from cell to cell; pairs need the same examples
+    chosen = None
+    if cell.block is not None:
+        chosen = sorted(item_order(task.items, parts["seed"])[slice(*cell.block)])
     started = time.perf_counter()
-    try:
-        with sparsify(lm.model, rule, cell.sites, layers=layers, clock=lm.clock) as tracker:
+    with _set_up(lm, cell, task):
+        with (
+            sparsify(lm.model, rule, cell.sites, layers=layers, clock=lm.clock) as tracker,
+            closing(CellJournal(rundir.journal_path(fingerprint), fingerprint, tracker, tracker._checked)) as journal,
+        ):
+            lm.journal = journal
             results: Any = evaluate(
                 lm,
                 {"tasks": {task.name: task.task}},
-                limit=cell.task.limit,
+                limit=cell.task.limit if chosen is None else None,
+                samples=None if chosen is None else {task.name: chosen},
                 bootstrap_iters=0,
                 log_samples=True,
                 apply_chat_template=cell.task.chat_template,
                 confirm_run_unsafe_code=cell.task.run_code,
             )
         estimator = lm.estimator
-    finally:
-        if mc is not None:
-            lm.mc = mc
-    seconds = time.perf_counter() - started
-    reading = tracker.read()
-    samples = collect.sample_table(task.task, task.name, results["samples"][task.name], lm.log, reading.per_item)
+        steps, per_item, notes = journal.finish()
+    seconds = time.perf_counter() - started + journal.replayed_seconds
+    samples = collect.sample_table(
+        task.task, task.name, _placed(results["samples"][task.name], chosen), lm.log, per_item
+    )
+    samples = _named(samples, chosen)
     if not len(samples):
         raise UserError(f"task {task.name} gave no items", "raise --limit, or choose another task")
     ffn = tracker.ffns[0]
@@ -97,15 +106,51 @@ def run_cell(
             "d_ffn": ffn.d_ffn,
             "num_layers": len({f.layer for f in tracker.ffns}),
             "gated": ffn.gated,
+            "uniform": len({(f.d_model, f.d_ffn) for f in tracker.ffns}) == 1,
         },
         "simulated": True,
         "items": len(samples),
         "totals": {**collect.totals(samples), "wall_seconds": seconds},
         "parts": parts,
-        "environment": environment,
-        "notes": [*reading.notes, *getattr(lm.model, "shims", ())],
+        "environment": {**environment, "data": describe_data(task.task, samples["prompt_hash"].to_pylist())},
+        "notes": [*notes, *getattr(lm.model, "shims", ())],
     }
-    rundir.seal(fingerprint, dict(record), samples, collect.step_table(reading.columns))
+    rundir.seal(fingerprint, dict(record), samples, steps)
+
+
+def _placed(answers: list[dict], chosen: list[int] | None) -> list[dict]:
+    """Number samples as requests are: lm-eval numbers requests within the chosen items, samples within all."""
+    if chosen is None:
+        return answers
+    places = {document: place for place, document in enumerate(chosen)}
+    return [{**answer, "doc_id": places[answer["doc_id"]]} for answer in answers]
+
+
+def _named(samples: pa.Table, chosen: list[int] | None) -> pa.Table:
+    """Number items as the task does."""
+    if chosen is None:
+        return samples
+    index = samples.column_names.index("doc_id")
+    documents = pa.array([chosen[place] for place in samples["doc_id"].to_pylist()], type=pa.int64())
+    return samples.set_column(index, samples.schema.field("doc_id"), documents)
+
+
+@contextmanager
+def _set_up(lm: Any, cell: Cell, task: LoadedTask) -> Iterator[None]:
+    """Set a backend up for one cell, and leave it as it was: no cell knows what ran before it."""
+    lm.log.clear()
+    lm.check_greedy = needs_greedy(task.task)
+    mc, notes, refused = getattr(lm, "mc", None), len(lm.clock.notes), lm.clock.overlap_refused
+    if cell.task.mc is not None and mc is not None:
+        lm.mc = cell.task.mc
+    try:
+        yield
+    finally:
+        lm.journal = None
+        if mc is not None:
+            lm.mc = mc
+        del lm.clock.notes[notes:]
+        lm.clock.overlap_refused = refused
 
 
 def needs_greedy(task: Any) -> bool:
