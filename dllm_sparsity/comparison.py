@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_sparsity.study.config import StudyConfig, build_config, read_config
+from dllm_sparsity.analysis.profile import Column
+from dllm_sparsity.analysis.search import LADDER, Limits, Search, boundaries
+from dllm_sparsity.analysis.searched import SearchedCurve, averages, open_cell
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec, build_config, read_config
+from dllm_sparsity.study.plan import Cell, block_cell, with_block
+from dllm_sparsity.study.rundir import writing
 
 EMBEDDED_STUDY = Path(__file__).parent / "pair" / "study.yaml"
 
@@ -68,8 +76,15 @@ def compare(
     from dllm_sparsity.study.engines.local import run_study
 
     study = as_config(config)
-    rundir = run_study(study, Path(out) if out is not None else Path("runs") / study.name, progress or _Silent())
-    return finish(rundir.path, write_report(rundir.path))
+    place = Path(out) if out is not None else Path("runs") / study.name
+    searches = Searches(study) if study.search is not None else None
+    with run_study(study, place, progress or _Silent(), searches) as rundir:
+        if searches is not None:
+            searches.write(rundir.path)
+        report = write_report(rundir.path)
+        if searches is not None:
+            searches.put_into_summary(rundir.path)
+        return finish(rundir.path, report)
 
 
 def finish(path: Path, report: Path) -> Comparison:
@@ -79,8 +94,6 @@ def finish(path: Path, report: Path) -> Comparison:
         path: The run directory.
         report: Its report.
     """
-    import json
-
     report = report.resolve()
     if report.is_relative_to(Path.cwd()):
         report = report.relative_to(Path.cwd())
@@ -98,6 +111,101 @@ def as_config(config: StudyConfig | Mapping[str, Any] | str | Path | None) -> St
     if isinstance(config, Mapping):
         return build_config(dict(config))
     return read_config(config if config is not None else EMBEDDED_STUDY)
+
+
+class Searches:
+    """The searches of a study: one for each model, task, rule and site, told cell by cell what to measure next.
+
+    Args:
+        study: The study; it has a search.
+    """
+
+    def __init__(self, study: StudyConfig) -> None:
+        self.study = study
+        self.answers: list[dict[str, Any]] = []
+
+    def __call__(self, model: ModelConfig, spec: TaskSpec, task: Any) -> Iterator[Generator[Cell, Path, None]]:
+        """Yield a loop for each curve of a model on a task; it yields cells and is sent their folders.
+
+        Args:
+            model: The model.
+            spec: The task as the user gave it.
+            task: The task, loaded.
+        """
+        for rule in self.study.rules:
+            for site in rule.sites:
+                yield self._curve(model, spec, task.items, rule, site)
+
+    def _curve(
+        self, model: ModelConfig, spec: TaskSpec, items: int, rule: RuleConfig, site: str
+    ) -> Generator[Cell, Path, None]:
+        asked = self.study.search
+        if asked is None:
+            return
+        first = boundaries(items)[0]
+        folder = yield with_block(block_cell(self.study, model, spec, (rule, site), None), 0, first)
+        curve = SearchedCurve(open_cell(folder), asked.quality, site)
+        limits = Limits(asked.width, items, asked.budget)
+        search = Search(ladder_of(rule), [curve.threshold(own) for own in asked.retentions], limits)
+        asks = search.run()
+        answer: Column | None = None
+        while True:
+            try:
+                ask = next(asks) if answer is None else asks.send(answer)
+            except StopIteration as end:
+                self.answers += [curve.answer(goal, search, asked.width) for goal in end.value]
+                return
+            cell = block_cell(self.study, model, spec, (rule, site), ask.strength)
+            answer = curve.column(open_cell((yield with_block(cell, ask.start, ask.stop))), (ask.start, ask.stop))
+
+    def write(self, path: Path) -> None:
+        """Write search.json: every answer, and averages over tasks.
+
+        Args:
+            path: The run directory.
+        """
+        from dllm_sparsity.analysis.summary import clean
+
+        _write_json(path / "search.json", clean({"curves": self.answers, "averages": averages(self.answers)}))
+
+    def put_into_summary(self, path: Path) -> None:
+        """Add what search.json holds to summary.json.
+
+        Args:
+            path: The run directory.
+        """
+        summary, search = (json.loads((path / f"{name}.json").read_text("utf-8")) for name in ("summary", "search"))
+        _write_json(path / "summary.json", summary | {"search": search})
+
+
+def _write_json(path: Path, data: Any) -> None:
+    draft = path.with_name(f".{path.name}")
+    with writing(path.parent):
+        draft.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+        draft.replace(path)
+
+
+def ladder_of(rule: RuleConfig) -> list[float]:
+    """Return strengths from dense to the sparsest there is, a few steps apart.
+
+    Args:
+        rule: The rule; one whose range has no end needs strengths.
+
+    Raises:
+        UserError: The range has no end and no strengths are given.
+    """
+    from dllm_sparsity import registry
+
+    kind = registry.get("rules", rule.name)
+    end = kind.low if kind.denser_upwards else kind.high
+    if not math.isfinite(end):
+        if not rule.strengths:
+            raise UserError(
+                f"the strength of {rule.name} has no upper end to search up to", "give it strengths, from dense on"
+            )
+        return [kind.dense, *sorted(set(rule.strengths), reverse=kind.denser_upwards)]
+    last = 0.99 if kind.open_low and end == kind.low else 1.0
+    return [round(kind.dense + share * (end - kind.dense), 6) for share in (*LADDER[:-1], last)]
 
 
 class _Silent:

@@ -10,6 +10,11 @@ RETENTIONS = (0.95, 0.98, 0.99, 0.995)
 DEFAULT_RETENTION = 0.99
 READINGS = ("grid_max", "first_crossing", "interpolated", "max_normalised")
 DEFAULT_READING = "interpolated"
+PAPER_GRID = (
+    *(1.00, 0.995, 0.99, 0.985, 0.98, 0.975, 0.97, 0.96, 0.95, 0.94, 0.93, 0.92, 0.91, 0.90),
+    *(0.85, 0.80, 0.75, 0.70, 0.65, 0.60, 0.50, 0.40, 0.30, 0.20, 0.10, 0.00),
+)
+"""The 26 values of top-p in arXiv:2509.00454, dense first."""
 _SLACK = 1e-12
 
 

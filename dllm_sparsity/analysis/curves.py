@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 
 import numpy as np
 import pyarrow as pa
 
 from dllm_sparsity.analysis import critical
+from dllm_sparsity.analysis.blocks import answers_of, is_block
 from dllm_sparsity.analysis.flops import ffn_flops_saved
 from dllm_sparsity.analysis.grouping import Group, groups_of
 from dllm_sparsity.analysis.loading import Cell
@@ -102,8 +104,11 @@ def curves_of(cells: Sequence[Cell], draws: int = DRAWS, seed: int = SEED) -> tu
         paired = pair([group.dense, *group.cells])
         notes += paired.notes
         sites = [achieved(cell, table, group.site) for cell, table in zip(_cells(group), paired.tables, strict=True)]
+        ffn = group.dense.record["ffn"]
         flops = [
-            ffn_flops_saved(group.site, _primitives(cell, table), bool(group.dense.record["ffn"].get("gated", True)))
+            ffn_flops_saved(group.site, _primitives(cell, table), bool(ffn.get("gated", True)))
+            if ffn.get("uniform", True)  # a pooled share says nothing of FFNs of several widths
+            else None
             for cell, table in zip(_cells(group), paired.tables, strict=True)
         ]
         for quality in group.qualities:
@@ -194,6 +199,7 @@ def _curve(
     ]
     reason = _no_reading(quality, float(measured[0, 0]), len(keys))
     readings = _readings(sparsity, scale.sign * measured, scale.logarithmic, reason)
+    readings = _searched(readings, group, quality, reason, draws, seed)
     ordered = [points[0], *sorted(points[1:], key=lambda point: point.sparsity)]
     return Curve(group, quality, keys, tuple(ordered), tuple(readings))
 
@@ -214,6 +220,30 @@ def _no_reading(quality: Quality, dense: float, items: int) -> str | None:
     if not SCALES[quality["kind"]].logarithmic and dense <= 0:
         return f"the dense score is {dense:g}: a share of it means nothing"
     return None
+
+
+def _searched(
+    readings: list[Reading], group: Group, quality: Quality, reason: str | None, draws: int, seed: int
+) -> list[Reading]:
+    """Put a search's answer in the place of the interpolated reading; a search measures too few points for others."""
+    if not group.cells:
+        return readings
+    answers = {own["retention"]: own for own in answers_of(group.dense, group.cells[0].record, quality["name"])}
+    if all(is_block(cell) for cell in group.cells):
+        why = "a search looks at its own quality and retentions alone"
+        readings = [replace(own, value=None, interval=None, censored=False, reason=reason or why) for own in readings]
+    kept = [own for own in readings if own.reading != critical.DEFAULT_READING or own.retention not in answers]
+    rng = np.random.default_rng(seed)
+    for retention, own in answers.items():
+        why = reason or own["reason"]
+        value, interval = (None, None) if why else (own["value"], (own["interval"][0], own["interval"][1]))
+        drawn = np.full(draws, math.nan)
+        if value is not None and interval is not None:
+            normal = rng.standard_normal(draws) / NormalDist().inv_cdf(0.975)
+            drawn = value + np.where(normal < 0, normal * (value - interval[0]), normal * (interval[1] - value))
+        censored = bool(own["censored"]) and value is not None
+        kept.append(Reading(critical.DEFAULT_READING, retention, value, interval, censored, why, drawn))
+    return kept
 
 
 def _readings(sparsity: np.ndarray, height: np.ndarray, logarithmic: bool, reason: str | None) -> list[Reading]:

@@ -11,7 +11,14 @@ import pyarrow as pa
 
 from dllm_sparsity.analysis.checking import check_counts, complete_steps, read_json, read_record, read_table
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.study.records import OVERLAP_COLUMNS, PRIMITIVE_SITES, SAMPLE_COLUMNS, STEP_COLUMNS, CellRecord
+from dllm_sparsity.study.records import (
+    OPTIONAL_SAMPLE_COLUMNS,
+    OVERLAP_COLUMNS,
+    PRIMITIVE_SITES,
+    SAMPLE_COLUMNS,
+    STEP_COLUMNS,
+    CellRecord,
+)
 
 LARGEST_TEXT = 200_000
 
@@ -23,16 +30,18 @@ class Cell:
     Args:
         folder: The cell's folder.
         record: What its cell.json holds.
+        searches: Of a dense cell: what was searched from it, as search.json has it.
     """
 
     folder: Path
     record: CellRecord
+    searches: tuple[dict[str, Any], ...] = ()
 
     @cached_property
     def samples(self) -> pa.Table:
         """Return one row per item."""
         path = self.folder / "samples.parquet"
-        table = read_table(path, SAMPLE_COLUMNS, {})
+        table = read_table(path, SAMPLE_COLUMNS, OPTIONAL_SAMPLE_COLUMNS)
         check_counts(path, table, [(f"kept_{site}", f"total_{site}") for site in PRIMITIVE_SITES])
         return table
 
@@ -48,7 +57,7 @@ class Cell:
     def label(self) -> str:
         """Return the setting in words: `dense`, or the rule, its strength and the site."""
         if self.record["dense"]:
-            return "dense"
+            return "dense, run again" if self.record.get("replicate") else "dense"
         strength = "" if self.record["strength"] is None else f" {self.record['strength']:g}"
         return f"{self.record['rule']}{strength}, {self.record['site']}"
 
@@ -64,6 +73,7 @@ class Run:
         config: The text of config.yaml; empty when there is none.
         plan: What plan.json holds, or None.
         environment: What environment.json holds, or None.
+        search: What search.json holds, or None.
     """
 
     path: Path
@@ -72,6 +82,7 @@ class Run:
     config: str = ""
     plan: Any = None
     environment: Any = field(default=None)
+    search: Any = None
 
     @property
     def name(self) -> str:
@@ -101,7 +112,12 @@ def load(run_dir: str | Path) -> Run:
             f"{run_dir} has {len(planned or folders)} cells and none is finished",
             "run dllm-sparsity compare again, it resumes",
         )
-    cells = sorted((Cell(folder, read_record(folder / "cell.json")) for folder in sealed), key=_order)
+    from dllm_sparsity.analysis.blocks import joined
+
+    search = _maybe_json(path / "search.json")
+    answers = search.get("curves", []) if isinstance(search, dict) else []
+    found = [Cell(folder, read_record(folder / "cell.json")) for folder in sealed]
+    cells = sorted(joined(found, answers), key=_order)
     return Run(
         path=path,
         cells=tuple(cells),
@@ -109,6 +125,7 @@ def load(run_dir: str | Path) -> Run:
         config=_text(path / "config.yaml"),
         plan=plan,
         environment=_maybe_json(path / "environment.json"),
+        search=search,
     )
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dllm_sparsity.cli.silence import silence
 from dllm_sparsity.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,9 +22,10 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 @click.command(short_help="Validate studies without weights or data.")
 @click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG...")
+@click.option("--offline", is_flag=True, help="Look nothing up on a network; what is not on this machine is a problem.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object.")
 @click.pass_context
-def check(context: click.Context, configs: tuple[Path, ...], as_json: bool) -> None:
+def check(context: click.Context, configs: tuple[Path, ...], offline: bool, as_json: bool) -> None:
     """Check studies: fields, rules, strengths, samplers, task names, and every site on every layer of every model.
 
     Models are built without memory for their weights. A model's configuration comes from its folder, else from the
@@ -35,8 +33,12 @@ def check(context: click.Context, configs: tuple[Path, ...], as_json: bool) -> N
 
     Exit code 0 when all is well; 1 otherwise, with one line for each problem.
     """
-    with _quiet():
-        found = {str(path): _check(path, alone=len(configs) == 1) for path in configs}
+    if offline:
+        from dllm_sparsity.study.offline import go_offline
+
+        go_offline()  # before a library of the hub is imported
+    with silence():
+        found = {str(path): _check(path, len(configs) == 1, offline) for path in configs}
     bad = any(isinstance(each, UserError) or each.problems for each in found.values())
     if as_json:
         click.echo(json.dumps({path: _plain(each) for path, each in found.items()}, allow_nan=False))
@@ -53,7 +55,7 @@ def check(context: click.Context, configs: tuple[Path, ...], as_json: bool) -> N
         context.exit(1)
 
 
-def _check(path: Path, alone: bool) -> StudyCheck | UserError:
+def _check(path: Path, alone: bool, offline: bool) -> StudyCheck | UserError:
     """Check one file; of several, one that cannot be read does not hide what the others are."""
     from dllm_sparsity.study.config import read_config
 
@@ -65,23 +67,14 @@ def _check(path: Path, alone: bool) -> StudyCheck | UserError:
         return error
     from dllm_sparsity.study.check import check_study
 
-    return check_study(config)
+    found = check_study(config)
+    if offline:
+        from dataclasses import replace
 
+        from dllm_sparsity.study.offline import missing
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what libraries say on import off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "huggingface_hub", "datasets")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        found = replace(found, problems=(*found.problems, *missing(config)))
+    return found
 
 
 def _plain(found: StudyCheck | UserError) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--site", multiple=True, metavar="SITE", help="input, gate, up, intermediate or all. Repeatable.")
 @click.option("--rule", multiple=True, metavar="NAME", help="Sparsification rule; top_p when not given. Repeatable.")
 @click.option("--strength", multiple=True, type=float, metavar="X", help="Main parameter of each rule. Repeatable.")
+@click.option("--grid", type=click.Choice(["paper"]), help="paper: the 26 values of top_p of arXiv:2509.00454.")
 @click.option("--mask-token", metavar="TOKEN", help="Mask token or its id, where the tokenizer names none.")
 @click.option("--logits-shift", is_flag=True, default=None, help="Logits of i - 1 predict position i (Dream).")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps over the canvas; one a token when not given.")
@@ -49,8 +50,21 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--limit", type=click.IntRange(1), help="Items of each task.")
 @click.option("--device", help="cpu, cuda, cuda:0; a GPU where there is one when not given.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random.")
+@click.option("--offline", is_flag=True, help="Look nothing up on a network; refuse what is not on this machine.")
+@click.option("--fail-if", metavar="EXPR", help="Leave with exit code 3 where this holds of the summary's numbers.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take; run and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object instead of a table.")
-def compare(config: Path | None, out: Path | None, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def compare(
+    context: click.Context,
+    config: Path | None,
+    out: Path | None,
+    as_json: bool,
+    offline: bool,
+    fail_if: str | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """Compare the activation sparsity of autoregressive and diffusion language models.
 
     Without arguments: the embedded study, on two small models that ship with this package. With CONFIG: a study in
@@ -60,6 +74,27 @@ def compare(config: Path | None, out: Path | None, as_json: bool, **options: Any
     """
     given = {name: value for name, value in options.items() if value not in (None, (), "")}
     study = _study(config, given)
+    gate = None
+    if fail_if is not None:
+        from dllm_sparsity.cli.gate import Gate
+
+        gate = Gate(fail_if)  # a condition that cannot be read is refused before the study runs
+    if offline:
+        from dllm_sparsity.study.offline import go_offline
+
+        go_offline()  # before a library of the hub is imported
+    if dry_run:
+        from dllm_sparsity.cli.dry_run import dry_run as show
+        from dllm_sparsity.study.config import build_config
+
+        context.exit(0 if show(build_config(study), as_json) else 1)
+    if offline:
+        from dllm_sparsity.cli.silence import silence
+        from dllm_sparsity.study.config import build_config
+        from dllm_sparsity.study.offline import check_offline
+
+        with silence():
+            check_offline(build_config(study))
 
     from dllm_sparsity.cli.progress import make_progress
     from dllm_sparsity.comparison import compare as run
@@ -67,13 +102,17 @@ def compare(config: Path | None, out: Path | None, as_json: bool, **options: Any
     result = run(study, out, make_progress())
     if as_json:
         click.echo(json.dumps(result.summary, allow_nan=False))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    from dllm_sparsity.report import render
+        from dllm_sparsity.report import render
 
-    Console().print(render(result.summary))
-    click.echo(f"\nreport: {result.report}")
+        Console().print(render(result.summary))
+        click.echo(f"\nreport: {result.report}")
+    if gate is not None:
+        from dllm_sparsity.cli.gate import leave
+
+        leave(context, gate, result.summary)
 
 
 def _study(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +134,26 @@ def _study(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     study["models"] = _models(study["models"], given)
     study["tasks"] = _tasks(study["tasks"], given)
     study["rules"] = _rules(study["rules"], given)
+    if "grid" in given:
+        study["rules"] = _on_paper_grid(study["rules"], given)
+        study.pop("search", None)
     if config is None and clash:
         names = [model.get("label") or model["model"].rstrip("/").rsplit("/", 1)[-1] for model in study["models"]]
         study["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", "-vs-".join(names)).strip("-._")[:80] or "study"
     return study
+
+
+def _on_paper_grid(rules: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
+    from dllm_sparsity.analysis.critical import PAPER_GRID
+
+    if "strength" in given:
+        raise UserError("--grid and --strength both say which strengths to run", "give one of both")
+    other = next((rule["name"] for rule in rules if rule["name"] != "top_p"), None)
+    if other is not None:
+        raise UserError(
+            f"--grid paper is a grid of top_p, and the study has {other}", "leave that rule out, or the grid"
+        )
+    return [{**rule, "strengths": list(PAPER_GRID[1:])} for rule in rules]  # the first is dense, which always runs
 
 
 def _models(models: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def summarize(reading: Any, lm: Any, model: str, model_args: Mapping[str, Any]) 
         "totals": site_totals(reading.per_item),
         "tasks": {task: {"items": len(items), **site_totals(items)} for task, items in sorted(by_task.items())},
         "notes": list(reading.notes),
-        "environment": describe(),
+        "environment": describe(str(lm.call.device), lm.seed),
     }
 
 

@@ -13,6 +13,7 @@ from dllm_sparsity.cli.bench import bench
 from dllm_sparsity.cli.check import check
 from dllm_sparsity.cli.compare import compare
 from dllm_sparsity.cli.evaluate import evaluate
+from dllm_sparsity.cli.fetch import fetch
 from dllm_sparsity.cli.ls import ls
 from dllm_sparsity.cli.report import report
 from dllm_sparsity.errors import UserError
@@ -30,6 +31,7 @@ cli.add_command(compare)
 cli.add_command(evaluate)
 cli.add_command(report)
 cli.add_command(check)
+cli.add_command(fetch)
 cli.add_command(ls)
 cli.add_command(bench)
 

@@ -1,4 +1,4 @@
-"""dllm-sparsity report: write a run's report again from its sealed cells, without torch."""
+"""dllm-sparsity report: write a run's report again from its sealed cells, or one of several runs, without torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,43 @@ from pathlib import Path
 
 import click
 
+from dllm_sparsity.errors import UserError
 
-@click.command(short_help="Write the report of a run again, from disk.")
-@click.argument("run", type=click.Path(path_type=Path))
-def report(run: Path) -> None:
-    """Write the report of a run directory again from its sealed cells. Needs no model and no GPU."""
-    from rich.console import Console
 
+@click.command(short_help="Write the report of one or several runs, from disk.")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the report of several runs.")
+@click.option("--fail-if", metavar="EXPR", help="Leave with exit code 3 where this holds of the summary's numbers.")
+@click.pass_context
+def report(context: click.Context, runs: tuple[Path, ...], out: Path | None, fail_if: str | None) -> None:
+    """Write the report of a run directory again from its sealed cells. Needs no model and no GPU.
+
+    Several run directories are joined into one report. Their models may differ; runs that differ in their tasks,
+    seeds, or versions of the packages that compute are refused, and the difference is named.
+    """
+    from dllm_sparsity.analysis.loading import load
+    from dllm_sparsity.cli.gate import Gate, leave
     from dllm_sparsity.comparison import finish
     from dllm_sparsity.report import render, write_report
 
-    result = finish(run, write_report(run))
+    gate = Gate(fail_if) if fail_if is not None else None
+    if len(runs) == 1:
+        if out is not None:
+            raise UserError(
+                "--out is for the report of several runs", "leave it out: a run's report lies in its folder"
+            )
+        result = finish(runs[0], write_report(runs[0]))
+    else:
+        from dllm_sparsity.analysis.joining import join
+
+        loaded = [load(run) for run in runs]
+        place = out or Path("runs") / "+".join(dict.fromkeys(run.name for run in loaded))[:120]
+        if (place / "cells").is_dir():
+            raise UserError(f"{place} is a run of its own", "give another folder with --out")
+        result = finish(place, write_report(join(loaded, place.resolve())))
+    from rich.console import Console
+
     Console().print(render(result.summary))
     click.echo(f"\nreport: {result.report}")
+    if gate is not None:
+        leave(context, gate, result.summary)

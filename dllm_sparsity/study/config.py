@@ -94,10 +94,29 @@ class RuleConfig(_Frozen):
     """One rule, its strengths and where it acts; every strength at every site is a cell."""
 
     name: str
-    strengths: tuple[float, ...] = Field(min_length=1)
+    strengths: tuple[float, ...] = ()
     sites: tuple[str, ...] = Field(default=("input", "intermediate"), min_length=1)
     layers: tuple[int, ...] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class SearchConfig(_Frozen):
+    """A search for critical sparsity beside or instead of given strengths, for every model, task, rule and site."""
+
+    retentions: tuple[float, ...] = Field(default=(0.99,), min_length=1)
+    quality: str | None = None
+    """Name or kind of a quality, such as acc or nll; None takes each task's first."""
+    width: float = Field(default=0.02, gt=0, lt=1)
+    """The 95 % interval is to be narrower than this, in sparsity."""
+    budget: int | None = Field(default=None, ge=1)
+    """Most item-evaluations for each curve, dense ones included; None for no limit."""
+
+    @field_validator("retentions")
+    @classmethod
+    def _shares(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < value < 1 for value in values):
+            raise ValueError("give shares of the dense quality between 0 and 1")
+        return tuple(sorted(set(values)))
 
 
 class StudyConfig(_Frozen):
@@ -109,6 +128,13 @@ class StudyConfig(_Frozen):
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     rules: tuple[RuleConfig, ...] = Field(min_length=1)
+    search: SearchConfig | None = None
+
+    @model_validator(mode="after")
+    def _strengths_or_search(self) -> StudyConfig:
+        if self.search is None and not all(rule.strengths for rule in self.rules):
+            raise ValueError("give each rule at least one of strengths, or the study a search")
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> StudyConfig:
@@ -173,7 +199,7 @@ def build_config(data: dict[str, Any], source: str = "the study") -> StudyConfig
 
 
 def _known_fields(location: tuple) -> list[str]:
-    kinds = {"models": ModelConfig, "tasks": TaskSpec, "rules": RuleConfig}
+    kinds = {"models": ModelConfig, "tasks": TaskSpec, "rules": RuleConfig, "search": SearchConfig}
     return (
         list(kinds.get(str(location[0]), StudyConfig).model_fields)
         if len(location) > 1

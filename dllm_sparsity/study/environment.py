@@ -7,12 +7,18 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dllm_sparsity.study.config import ModelConfig
 
 COMPUTING = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy", "dllm-sparsity")
+_HUB_COMMIT = re.compile(r"hf://datasets/([^@]+@[0-9a-f]{40})/")
 _WEIGHTS = (".safetensors", ".json", ".model", ".jinja", ".py", ".txt", ".gguf")
 
 
@@ -51,16 +57,127 @@ def code_identity(modules: Iterable[str] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe() -> dict[str, Any]:
-    """Return versions and machine as plain data."""
-    more = ("diffusers", "accelerate", "pyarrow", "plotly", "pydantic")
-    return {
+def describe(device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Return versions, machine and settings as plain data; no path and no name of a user is in it.
+
+    Args:
+        device: Where the study runs.
+        seed: The study's seed.
+    """
+    more = ("diffusers", "accelerate", "safetensors", "huggingface-hub", "triton", "pyarrow", "plotly", "pydantic")
+    found = {
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
         "processor": platform.machine(),
         "cpus": os.cpu_count(),
         "packages": versions((*COMPUTING, *more)),
+        "device": device,
+        "seed": seed,
+        "torch": _torch(),
     }
+    if (gpus := _gpus(device)) is not None:
+        found["gpu"] = gpus
+    if (state := git_state(Path.cwd())) is not None:
+        found["git"] = state
+    return found
+
+
+def _torch() -> dict[str, Any]:
+    """Return the settings of torch that can change a number."""
+    import torch
+
+    return {
+        "threads": torch.get_num_threads(),
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _gpus(device: str) -> dict[str, Any] | None:
+    """Return what a CUDA device is, and its driver, clocks and power limit where nvidia-smi tells them."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    index = torch.device(device).index or 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None  # loading a model says so
+    facts = torch.cuda.get_device_properties(index)
+    found: dict[str, Any] = {
+        "name": facts.name,
+        "count": torch.cuda.device_count(),
+        "memory_bytes": facts.total_memory,
+        "capability": f"{facts.major}.{facts.minor}",
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    names = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    told = _output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits")
+    if told:
+        found |= dict(zip(names, (part.strip() for part in told.splitlines()[0].split(",")), strict=False))
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit of a repository and whether its files differ from it; None where there is no repository.
+
+    Args:
+        folder: A folder in it.
+    """
+    commit = _output("git", "-C", str(folder), "rev-parse", "HEAD")
+    if not commit:
+        return None
+    state: dict[str, Any] = {"commit": commit}
+    changes = _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    state["changed"] = bool(changes)
+    if changes:
+        difference = _output("git", "-C", str(folder), "diff", "HEAD") or ""
+        state["difference"] = hashlib.sha256(difference.encode()).hexdigest()[:16]
+    return state
+
+
+def _output(*command: str) -> str | None:
+    """Return what a program prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=20, check=False, text=True, errors="replace")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def describe_model(lm: Any, config: ModelConfig, weights: dict[str, str]) -> dict[str, Any]:
+    """Return how a model was run.
+
+    Args:
+        lm: Its backend, loaded.
+        config: The model as the study has it.
+        weights: What `weights_identity` returned for it.
+    """
+    settings = getattr(lm.model, "config", None)
+    parameter = next(iter(lm.model.parameters()), None)
+    text = json.dumps(weights, sort_keys=True)
+    return {
+        "revision": weights.get("commit") or config.revision,
+        "weights": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        "attention": getattr(settings, "_attn_implementation", None),
+    }
+
+
+def describe_data(task: Any, prompt_hashes: Iterable[str]) -> dict[str, Any]:
+    """Return which data a cell saw: the commits of its data sets where they are known, and a hash of all its prompts.
+
+    Args:
+        task: lm-eval's object.
+        prompt_hashes: lm-eval's hash of each item's prompt, in the order of the items.
+    """
+    splits = getattr(task, "dataset", None)
+    splits = splits.values() if isinstance(splits, dict) else ()
+    sources = [
+        str(url) for split in splits for url in getattr(getattr(split, "info", None), "download_checksums", None) or ()
+    ]
+    digest = hashlib.sha256("\n".join(prompt_hashes).encode()).hexdigest()[:16]
+    return {"revisions": sorted({found[1] for url in sources if (found := _HUB_COMMIT.search(url))}), "prompts": digest}
 
 
 def weights_identity(model: str, revision: str | None) -> dict[str, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.records import PRIMITIVE_SITES
@@ -24,6 +26,7 @@ class Cell:
         strength: The rule's main parameter.
         site: As asked for; None when dense.
         sites: Primitive sites that are recorded.
+        block: Start and stop of the items that a search asked for, in its order; None for all items.
     """
 
     model: ModelConfig
@@ -32,12 +35,14 @@ class Cell:
     strength: float | None
     site: str | None
     sites: tuple[str, ...]
+    block: tuple[int, int] | None = None
 
     @property
     def title(self) -> str:
         """What progress shows."""
         where = "dense" if self.rule is None else f"{self.rule.name} {self.strength:g} {self.site}"
-        return f"{self.model.name} | {self.task.name or self.task.text} | {where}"
+        items = "" if self.block is None else f" | items {self.block[0]} to {self.block[1]}"
+        return f"{self.model.name} | {self.task.name or self.task.text} | {where}{items}"
 
 
 def expand(config: StudyConfig) -> list[Cell]:
@@ -51,11 +56,52 @@ def expand(config: StudyConfig) -> list[Cell]:
     cells = []
     for model in config.models:
         for task in config.tasks:
-            cells.append(Cell(model, task, None, None, None, recorded))
+            if any(rule.strengths for rule in config.rules):
+                cells.append(Cell(model, task, None, None, None, recorded))
             for rule in config.rules:
                 for site in rule.sites:
                     cells += [Cell(model, task, rule, s, site, _primitive(site)) for s in dict.fromkeys(rule.strengths)]
     return cells
+
+
+def block_cell(
+    config: StudyConfig, model: ModelConfig, task: TaskSpec, curve: tuple[RuleConfig, str], at: float | None
+) -> Cell:
+    """Return the cell of a curve at a strength, dense at None; `with_block` says on which items.
+
+    Args:
+        config: The study.
+        model: One of its models.
+        task: One of its tasks.
+        curve: Rule and site.
+        at: The strength.
+    """
+    rule, site = curve
+    if at is None:
+        asked = {own for each in config.rules for choice in each.sites for own in _primitive(choice)}
+        return Cell(model, task, None, None, None, tuple(own for own in PRIMITIVE_SITES if own in asked))
+    return Cell(model, task, rule, at, site, _primitive(site))
+
+
+def with_block(cell: Cell, start: int, stop: int) -> Cell:
+    """Return a cell that is run on a block of items only.
+
+    Args:
+        cell: The cell.
+        start: First item, in the order of `item_order`.
+        stop: One behind the last.
+    """
+    return replace(cell, block=(start, stop))
+
+
+def item_order(items: int, seed: int) -> list[int]:
+    """Return the order in which a search takes the items of a task: at random, so that the first are like the others.
+
+    Args:
+        items: How many there are.
+        seed: The study's seed.
+    """
+    return np.random.default_rng(seed).permutation(items).tolist()
 
 
 def _primitive(site: str) -> tuple[str, ...]:
@@ -97,7 +143,9 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
             "layers": list(cell.rule.layers) if cell.rule.layers is not None else None,
             "parameters": cell.rule.parameters,
         }
+    block = {} if cell.block is None else {"block": list(cell.block)}
     return {
+        **block,
         "model": model,
         "name": cell.model.name,  # changes no answer, but a sealed cell carries it
         "weights": weights,

@@ -26,12 +26,14 @@ class LoadedTask:
         task: lm-eval's object.
         identity: What changes when the task's documents, prompts or version change.
         cost: Rough number of characters a model reads and writes once through, for the time left.
+        items: Documents that are run.
     """
 
     name: str
     task: Any
     identity: dict[str, Any]
     cost: float
+    items: int
 
     @property
     def output_type(self) -> str:
@@ -65,7 +67,7 @@ def load_tasks(spec: TaskSpec, seed: int) -> list[LoadedTask]:
         task.set_fewshot_seed(seed=seed)
         documents = list(task.eval_docs)
         size = min(spec.limit or len(documents), len(documents))
-        loaded.append(LoadedTask(name, task, _identity(name, task, documents[:size]), _cost(documents[:size])))
+        loaded.append(LoadedTask(name, task, _identity(name, task, documents[:size]), _cost(documents[:size]), size))
     return loaded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,9 @@ from dllm_sparsity.study.quiet import quiet
 from dllm_sparsity.study.run import run_cell
 from dllm_sparsity.study.rundir import RunDir
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
+
+Searches = Callable[[ModelConfig, TaskSpec, LoadedTask], Iterable[Generator[Cell, Path, None]]]
+"""For a model and a task: loops that yield the cell they want next and are sent the folder it is sealed in."""
 
 
 class Progress(Protocol):
@@ -51,50 +55,102 @@ class Job:
             passes = model.steps or 32 if model.paradigm == "diffusion" else 3
         else:
             passes = mc if model.paradigm == "diffusion" and isinstance(mc, int) else 1
-        return self.task.cost * passes * (1.0 if self.cell.rule is None else 1.3)
+        share = 1.0 if self.cell.block is None else (self.cell.block[1] - self.cell.block[0]) / max(1, self.task.items)
+        return self.task.cost * passes * share * (1.0 if self.cell.rule is None else 1.3)
 
 
-def run_study(config: StudyConfig, out: Path, progress: Progress) -> RunDir:
+def run_study(config: StudyConfig, out: Path, progress: Progress, searches: Searches | None = None) -> RunDir:
     """Run what is not sealed yet.
 
     Args:
         config: The study.
         out: The run directory; the same directory continues where an earlier run stopped.
         progress: Told what happens.
+        searches: What else is asked, cell by cell, once the planned cells of a model are done.
 
     Raises:
         UserError: As the parts raise it; cells that were sealed before stay.
     """
+    rundir = None
     try:
         _check_first(config)
         rundir = RunDir(out, config)
         with quiet(rundir.log):
-            jobs = _plan(config)
-            described = {**environment.describe(), "device": choose_device(config.device)}
-        plan = [{"fingerprint": job.fingerprint, "title": job.cell.title, "parts": job.parts} for job in jobs]
-        rundir.write_plan(plan, described)
+            planner = _Planner(config)
+            described = environment.describe(choose_device(config.device), config.seed)
+            jobs = planner.all()
+        runner = _Runner(config, rundir, described, progress, planner)
+        runner.plan(jobs)
         open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
         total = sum(job.cost for job in jobs)
-        progress.start(total, total - sum(job.cost for job in open_jobs))
+        expected = planner.search_cost() if searches is not None else 0.0
+        progress.start(total + expected, total - sum(job.cost for job in open_jobs))
         for model in config.models:
-            mine = [job for job in open_jobs if job.cell.model == model]
-            if mine:
-                _run_model(model, mine, config, rundir, described, progress)
+            runner.forget()
+            for job in open_jobs:
+                if job.cell.model == model:
+                    runner.run(job)
+            if searches is not None:
+                for spec, task in planner.pairs():
+                    for search in searches(model, spec, task):
+                        runner.drive(search, task)
+        return rundir
+    except BaseException:
+        if rundir is not None:
+            rundir.release()
+        raise
     finally:
         progress.stop()
-    return rundir
+        if rundir is not None:
+            rundir.say()
 
 
-def _run_model(
-    model: ModelConfig, jobs: list[Job], config: StudyConfig, rundir: RunDir, described: dict, progress: Progress
-) -> None:
-    with quiet(rundir.log):
-        lm = open_backend(model, config.device, config.seed)
-    lm.progress = progress.share
-    for job in jobs:
-        progress.cell(job.cell.title, job.cost)
-        with quiet(rundir.log):
-            run_cell(job.cell, job.task, lm, job.fingerprint, job.parts, described, rundir)
+class _Runner:
+    """Runs jobs one after another; loads a model when the first job of it is not sealed yet."""
+
+    def __init__(
+        self, config: StudyConfig, rundir: RunDir, described: dict, progress: Progress, planner: _Planner
+    ) -> None:
+        self.config, self.rundir, self.described = config, rundir, described
+        self.progress, self.planner = progress, planner
+        self.planned: dict[str, dict[str, Any]] = {}
+        self.lm: Any = None
+        self.model: dict[str, Any] = {}
+
+    def forget(self) -> None:
+        self.lm = None
+
+    def plan(self, jobs: list[Job]) -> None:
+        """Write down what belongs to this study; what is not in the plan is not part of the report."""
+        for job in jobs:
+            entry: dict[str, Any] = {"fingerprint": job.fingerprint, "title": job.cell.title, "parts": job.parts}
+            self.planned.setdefault(job.fingerprint, entry)
+        self.rundir.write_plan(list(self.planned.values()), self.described)
+
+    def run(self, job: Job) -> None:
+        with quiet(self.rundir.log):
+            if self.lm is None:
+                self.lm = open_backend(job.cell.model, self.config.device, self.config.seed)
+                self.lm.progress = self.progress.share
+                weights = self.planner.weights[job.cell.model]
+                self.model = environment.describe_model(self.lm, job.cell.model, weights)
+        self.progress.cell(job.cell.title, job.cost)
+        described = {**self.described, "model": self.model}
+        with quiet(self.rundir.log):
+            run_cell(job.cell, job.task, self.lm, job.fingerprint, job.parts, described, self.rundir)
+
+    def drive(self, search: Generator[Cell, Path, None], task: LoadedTask) -> None:
+        """Give a search the cells it asks for: sealed ones from disk."""
+        try:
+            cell = next(search)
+            while True:
+                job = self.planner.job(cell, task)
+                self.plan([job])
+                if not self.rundir.is_sealed(job.fingerprint):
+                    self.run(job)
+                cell = search.send(self.rundir.path / "cells" / job.fingerprint)
+        except StopIteration:
+            return
 
 
 def _check_first(config: StudyConfig) -> None:
@@ -113,17 +169,43 @@ def _check_first(config: StudyConfig) -> None:
         check_exists(resolve(model.model), model.revision)
 
 
-def _plan(config: StudyConfig) -> list[Job]:
-    kinds = [registry.get("rules", rule.name) for rule in config.rules]
-    kinds += [registry.get("samplers", model.sampler) for model in config.models]
-    versions = {**environment.versions(), "code": environment.code_identity({kind.__module__ for kind in kinds})}
-    device = choose_device(config.device).partition(":")[0]
-    identities = {model: environment.weights_identity(resolve(model.model), model.revision) for model in config.models}
-    tasks: dict[TaskSpec, list[LoadedTask]] = {spec: load_tasks(spec, config.seed) for spec in config.tasks}
-    jobs: dict[str, Job] = {}
-    for cell in expand(config):
-        for task in tasks[cell.task]:
-            parts = cell_parts(cell, config.seed, identities[cell.model], task.identity, {**versions, "device": device})
-            number = fingerprint(parts)
-            jobs.setdefault(number, Job(cell, task, number, parts))
-    return list(jobs.values())
+class _Planner:
+    """Knows what goes into a fingerprint: weights, tasks and versions, each looked up once."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        kinds = [registry.get("rules", rule.name) for rule in config.rules]
+        kinds += [registry.get("samplers", model.sampler) for model in config.models]
+        code = environment.code_identity({kind.__module__ for kind in kinds})
+        device = choose_device(config.device).partition(":")[0]
+        self.config = config
+        self.versions = {**environment.versions(), "code": code, "device": device}
+        self.weights = {
+            model: environment.weights_identity(resolve(model.model), model.revision) for model in config.models
+        }
+        self.tasks: dict[TaskSpec, list[LoadedTask]] = {spec: load_tasks(spec, config.seed) for spec in config.tasks}
+
+    def job(self, cell: Cell, task: LoadedTask) -> Job:
+        parts = cell_parts(cell, self.config.seed, self.weights[cell.model], task.identity, self.versions)
+        return Job(cell, task, fingerprint(parts), parts)
+
+    def all(self) -> list[Job]:
+        jobs: dict[str, Job] = {}
+        for cell in expand(self.config):
+            for task in self.tasks[cell.task]:
+                job = self.job(cell, task)
+                jobs.setdefault(job.fingerprint, job)
+        return list(jobs.values())
+
+    def pairs(self) -> list[tuple[TaskSpec, LoadedTask]]:
+        return [(spec, task) for spec in self.config.tasks for task in self.tasks[spec]]
+
+    def search_cost(self) -> float:
+        """Guess what all searches cost: about four times the items of each curve."""
+        curves = [(rule, site) for rule in self.config.rules for site in rule.sites]
+        dense = [
+            self.job(Cell(model, spec, None, None, None, ()), task).cost
+            for model in self.config.models
+            for spec, tasks in self.tasks.items()
+            for task in tasks
+        ]
+        return 4 * len(curves) * sum(dense)

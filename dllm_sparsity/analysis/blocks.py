@@ -1,0 +1,137 @@
+"""Join the blocks of items that a search measured into whole cells, and hand its answers to the curves they are of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from dllm_sparsity.analysis.loading import Cell
+from dllm_sparsity.study.records import CellRecord
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JoinedCell(Cell):
+    """Blocks of one setting, read as one cell.
+
+    Args:
+        blocks: The sealed cells, in the search's order of items.
+    """
+
+    blocks: tuple[Cell, ...] = ()
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """Return one row per item."""
+        return pa.concat_tables([block.samples for block in self.blocks], promote_options="default")
+
+    @property
+    def steps(self) -> pa.Table:
+        """Return the step records of all blocks."""
+        return pa.concat_tables([block.steps for block in self.blocks], promote_options="default")
+
+
+def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
+    """Return cells with blocks joined, and searches on the dense cells they start from.
+
+    Of a search, the strengths are kept that were measured on all items of its last round; the others are in its path.
+    Where a dense cell of all items was run as well, it stands for the search's own.
+
+    Args:
+        cells: Sealed cells.
+        answers: What search.json holds of each curve and retention.
+    """
+    whole = [cell for cell in cells if not is_block(cell)]
+    grouped: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if is_block(cell):
+            grouped.setdefault(_setting(cell), []).append(cell)
+    found = [_join(group) for group in grouped.values()]
+    dense = {_place(cell) for cell in whole if cell.record["dense"]}
+    needed = {_curve(answer): answer["items"] for answer in sorted(answers, key=lambda own: -own["items"])}
+    most: dict[str, int] = {}
+    for cell in found:
+        if not cell.record["dense"]:
+            most[_curve(cell.record)] = max(most.get(_curve(cell.record), 0), cell.record["items"])
+    for cell in found:
+        curve = _curve(cell.record)
+        enough = cell.record["items"] >= min(needed.get(curve, most.get(curve, 0)), most.get(curve, 0))
+        if cell.record["dense"]:
+            whole += [] if _place(cell) in dense else [cell]
+        elif enough:
+            whole.append(cell)
+    return [_with_answers(cell, answers) for cell in whole]
+
+
+def is_block(cell: Cell) -> bool:
+    """Tell whether a cell holds only a block of items that a search asked for.
+
+    Args:
+        cell: The cell.
+    """
+    return isinstance(cell.record.get("parts"), dict) and "block" in cell.record["parts"]
+
+
+def answers_of(cell: Cell, rule: CellRecord, quality: str) -> list[Answer]:
+    """Return what was searched on a curve.
+
+    Args:
+        cell: Its dense cell.
+        rule: Record of one of its other cells.
+        quality: Name of the quality.
+    """
+    return [own for own in cell.searches if _curve(own) == _curve(rule) and own["quality"] == quality]
+
+
+def _join(blocks: list[Cell]) -> JoinedCell:
+    ordered = sorted(blocks, key=lambda cell: cell.record["parts"]["block"])
+    chain = [ordered[0]]
+    for cell in ordered[1:]:
+        if cell.record["parts"]["block"][0] == chain[-1].record["parts"]["block"][1]:
+            chain.append(cell)
+    record = dict(chain[0].record)
+    record["items"] = sum(cell.record["items"] for cell in chain)
+    record["totals"] = _added([cell.record["totals"] for cell in chain])
+    record["notes"] = list(dict.fromkeys(note for cell in chain for note in cell.record["notes"]))
+    return JoinedCell(chain[0].folder, record, (), tuple(chain))  # pyright: ignore[reportArgumentType]
+
+
+def _added(totals: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    added: dict[str, Any] = {}
+    for own in totals:
+        for name, value in own.items():
+            if isinstance(value, dict):
+                added[name] = _added([added.get(name, {}), value])
+            elif isinstance(value, int | float):
+                added[name] = added.get(name, 0) + value
+            else:
+                added.setdefault(name, value)
+    return added
+
+
+def _with_answers(cell: Cell, answers: Sequence[Answer]) -> Cell:
+    if not cell.record["dense"]:
+        return cell
+    own = tuple(answer for answer in answers if _place(cell) == tuple(answer[name] for name in _PLACE))
+    return replace(cell, searches=own) if own else cell
+
+
+_PLACE = ("paradigm", "model", "task")
+
+
+def _place(cell: Cell) -> tuple[Any, ...]:
+    return tuple(cell.record[name] for name in _PLACE)
+
+
+def _curve(own: Any) -> str:
+    return json.dumps([own[name] for name in (*_PLACE, "rule", "site", "layers", "rule_parameters")], sort_keys=True)
+
+
+def _setting(cell: Cell) -> str:
+    return json.dumps([_curve(cell.record), cell.record["strength"], cell.record["sites_recorded"]])

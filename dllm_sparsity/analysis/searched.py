@@ -1,0 +1,151 @@
+"""A search on sealed cells: from a block of items to a column of numbers, and from what was found to plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dllm_sparsity.analysis.checking import read_record
+from dllm_sparsity.analysis.curves import achieved
+from dllm_sparsity.analysis.loading import Cell
+from dllm_sparsity.analysis.pairing import pair
+from dllm_sparsity.analysis.profile import Column, Threshold
+from dllm_sparsity.analysis.qualities import SCALES, pairs
+from dllm_sparsity.analysis.search import Goal, Search
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.records import Quality
+
+_SAME = ("paradigm", "model", "rule", "rule_parameters", "layers", "site", "kind", "retention")
+
+
+class SearchedCurve:
+    """One model, task, rule and site while it is searched.
+
+    Args:
+        dense: The first dense block.
+        quality: Name or kind of the quality; None takes the task's first.
+        site: The site.
+
+    Raises:
+        UserError: The task has no such quality.
+    """
+
+    def __init__(self, dense: Cell, quality: str | None, site: str) -> None:
+        self.site, self.quality = site, _choose(dense, quality)
+        self.scale = SCALES[self.quality["kind"]]
+        self.identity = {name: dense.record[name] for name in ("paradigm", "model", "task")}
+        self.setting: dict[str, Any] = {}
+        self._dense: dict[tuple[int, int], Cell] = {}
+
+    def threshold(self, retention: float) -> Threshold:
+        """Return what a retention asks of this quality.
+
+        Args:
+            retention: Share of dense.
+        """
+        return Threshold(retention, self.scale.logarithmic, self.quality["kind"] == "accuracy")
+
+    def column(self, cell: Cell, block: tuple[int, int]) -> Column:
+        """Return what a sealed block gives; items without a value weigh nothing.
+
+        Args:
+            cell: The block; the dense one of the same items comes before the others.
+            block: Its first item, and one behind its last.
+        """
+        if cell.record["dense"]:
+            self._dense[block] = cell
+        else:
+            self.setting = {name: cell.record[name] for name in ("rule", "rule_parameters", "layers")}
+        dense, samples = pair([self._dense[block], cell]).tables
+        numerator, denominator = pairs(self.quality, samples, dense)
+        missing = ~np.isfinite(numerator + denominator)
+        kept, total = achieved(cell, samples, self.site)
+        return Column(
+            height=np.where(missing, 0.0, self.scale.sign * numerator),
+            weight=np.where(missing, 0.0, denominator),
+            kept=kept,
+            total=total,
+        )
+
+    def answer(self, goal: Goal, search: Search, width: float) -> dict[str, Any]:
+        """Return what was found, as plain data.
+
+        Args:
+            goal: What was found for one retention.
+            search: The search, done.
+            width: The width that was asked for.
+        """
+        found = goal.profile
+        path = [
+            {"strength": strength, "sparsity": column.sparsity, "items": len(column)}
+            for strength, column in search.columns.items()
+        ]
+        return {
+            **self.identity,
+            **self.setting,
+            "site": self.site,
+            "quality": self.quality["name"],
+            "kind": self.quality["kind"],
+            "retention": goal.threshold.retention,
+            "value": found.estimate if found else None,
+            "interval": list(found.interval) if found else None,
+            "censored": found is not None and not found.crosses,
+            "reason": None if found else "the budget of item-evaluations was spent before there was an answer",
+            "stopped": goal.stopped,
+            "width": width,
+            "items": goal.items,
+            "items_available": search.limits.items,
+            "evaluations": search.spent,
+            "path": path,
+        }
+
+
+def open_cell(folder: Path) -> Cell:
+    """Read a sealed cell.
+
+    Args:
+        folder: Where it is.
+    """
+    return Cell(folder, read_record(folder / "cell.json"))
+
+
+def averages(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean critical sparsity over tasks, which are independent of each other.
+
+    Args:
+        answers: Of a study; a curve counts where all its tasks have an answer.
+    """
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for own in answers:
+        grouped.setdefault(repr([own.get(name) for name in _SAME]), []).append(own)
+    return [
+        _average(own) for own in grouped.values() if len(own) > 1 and all(each["value"] is not None for each in own)
+    ]
+
+
+def _average(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    values = np.array([own["value"] for own in answers])
+    ends = np.array([own["interval"] for own in answers])
+    below, above = (math.sqrt(float(((values - ends[:, end]) ** 2).sum())) / len(values) for end in (0, 1))
+    return {
+        **{name: answers[0].get(name) for name in _SAME},
+        "tasks": [own["task"] for own in answers],
+        "value": float(values.mean()),
+        "interval": [float(values.mean()) - below, float(values.mean()) + above],
+        "censored": any(own["censored"] for own in answers),
+    }
+
+
+def _choose(dense: Cell, asked: str | None) -> Quality:
+    known = dense.record["qualities"]
+    found = [own for own in known if asked in (None, own["name"], own["kind"])]
+    if not found:
+        raise UserError(
+            f"task {dense.record['task']} has no quality {asked!r} to search on",
+            f"it has: {', '.join(own['name'] for own in known) or 'none'}",
+        )
+    return found[0]

@@ -1,0 +1,211 @@
+"""What compare --dry-run prints: what a study would take, and the command that runs it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dllm_sparsity.study.config import StudyConfig
+    from dllm_sparsity.study.dry_run import DryRun, Part
+
+SPARSITIES = (0.25, 0.5, 0.75, 0.9)
+
+
+def dry_run(config: StudyConfig, as_json: bool) -> bool:
+    """Print what a study would take.
+
+    Args:
+        config: The study.
+        as_json: Print one JSON object instead of tables.
+
+    Returns:
+        Whether nothing keeps it from running.
+    """
+    from dllm_sparsity.cli.silence import silence
+    from dllm_sparsity.study.dry_run import dry_run as find_out
+
+    with _Telling() as tell, silence():
+        found = find_out(config, tell)
+    command = _command()
+    if as_json:
+        click.echo(json.dumps(_plain(found, config, command), allow_nan=False))
+        return not found.problems
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(_table(found.parts))
+    for line in _lines(found, config):
+        console.print(Text(line))
+    for problem in found.problems:
+        console.print(Text(f"problem: {problem}", style="red"), soft_wrap=True)
+    console.print(Text(f"\nnothing was run or written; to run it: {command}"), soft_wrap=True)
+    return not found.problems
+
+
+class _Telling:
+    """Say on a terminal what the dry run is at, on a line that is wiped afterwards."""
+
+    def __enter__(self) -> Callable[[str], None]:
+        self.stream = sys.stderr
+        self.is_shown = self.stream.isatty()
+        return self.tell
+
+    def tell(self, text: str) -> None:
+        if self.is_shown:
+            self.stream.write(f"\r\x1b[2K{text}")
+            self.stream.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_shown:
+            self.stream.write("\r\x1b[2K")
+
+
+def _command() -> str:
+    """Return this command without --dry-run and --json."""
+    return shlex.join(["dllm-sparsity", *(part for part in sys.argv[1:] if part not in ("--dry-run", "--json"))])
+
+
+def _plain(found: DryRun, config: StudyConfig, command: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(found), "saved": _saved(found, config), "totals": _totals(found.parts), "command": command}
+
+
+def _totals(parts: list[Part]) -> dict[str, float | None]:
+    """Return sums over all parts; None where one of them is not known."""
+
+    def total(values: list[Any]) -> Any:
+        return None if any(value is None for value in values) else sum(values)
+
+    forwards = [None if part.work is None else part.work.forwards * part.runs for part in parts]
+    return {
+        "forwards": total(forwards),
+        "ffn_flops": total([part.ffn_flops for part in parts]),
+        "flops": total([part.flops for part in parts]),
+        "disk": total([part.disk if part.work else None for part in parts]),
+        "seconds": total([part.seconds for part in parts]),
+    }
+
+
+def _saved(found: DryRun, config: StudyConfig) -> list[dict[str, Any]]:
+    """Return which share of FLOPs each asked site would save at some sparsities, by model."""
+    from dllm_sparsity.analysis.flops import ffn_flops_saved
+
+    rows = []
+    for name, model in found.models.items():
+        mine = [part for part in found.parts if part.model == name and part.flops and part.ffn_flops]
+        if mine:
+            share = sum(part.ffn_flops or 0 for part in mine) / sum(part.flops or 0 for part in mine)
+        else:
+            share = model["ffn_flops"] / model["flops"] if model["flops"] else None
+        for site in dict.fromkeys(site for rule in config.rules for site in rule.sites):
+            for sparsity in SPARSITIES:
+                primitive = ("input", "intermediate") if site == "all" else (site,)
+                ffn = ffn_flops_saved(site, dict.fromkeys(primitive, sparsity), model["gated"])
+                whole = None if ffn is None or share is None else ffn * share
+                rows.append({"model": name, "site": site, "sparsity": sparsity, "ffn": ffn, "whole_model": whole})
+    return rows
+
+
+def _table(parts: list[Part]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    table.add_column("task", overflow="fold", min_width=9)
+    for name in ("cells", "items", "forwards", "FLOPs", "FFN", "GB", "hours"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    for part in parts:
+        work = part.work
+        bound = "<=" if work is not None and work.bounded else ""
+        share = part.ffn_flops / part.flops if part.ffn_flops and part.flops else None
+        cells = [
+            "-" if work is None else f"{work.items:,}",
+            "-" if work is None else f"{bound}{_short(work.forwards * part.runs)}",
+            "-" if part.flops is None else f"{bound}{_short(part.flops)}",
+            "-" if share is None else f"{share:.0%}",
+            "-" if part.peak is None else f"{max(part.measured_peak or 0, part.peak) / 1e9:.2g}",
+            "-" if part.seconds is None else f"{bound}{_hours(part.seconds)}",
+        ]
+        task = part.task.rsplit("/", 1)[-1]
+        titles = [part.model, task, f"{part.cells:,}"]
+        table.add_row(*(Text("".join(sign for sign in cell if sign.isprintable())) for cell in [*titles, *cells]))
+    return table
+
+
+def _lines(found: DryRun, config: StudyConfig) -> Iterator[str]:
+    totals = _totals(found.parts)
+    known = {name: "not known" if value is None else _short(value) for name, value in totals.items()}
+    yield (
+        f"cells: {found.cells:,}; forward passes: {known['forwards']}; dense FLOPs: {known['flops']}, "
+        f"of these in FFNs: {known['ffn_flops']}; <= where an early end can make it less"
+    )
+    for name, model in found.models.items():
+        flops = "FLOPs not known: how many experts a token passes is not told"
+        if model["flops"]:
+            share = model["ffn_flops"] / model["flops"]
+            flops = f"{_short(model['flops'])} dense FLOPs a token, {share:.0%} of them in FFNs"
+        yield f"{name}: {model['weights'] / 1e9:.3g} GB of weights, {flops}"
+    if totals["seconds"] is not None:
+        threads = f", {found.cpu} threads" if found.device == "cpu" else ""
+        hours = _hours(totals["seconds"])
+        yield f"estimated time on {found.device}{threads}, from three timed steps of each kind: {hours} h"
+    disk = sum(part.disk for part in found.parts)
+    at_least = "" if totals["disk"] is not None else "at least "
+    yield f"estimated disk: {at_least}{_short(disk)}B" if disk else "estimated disk: not known"
+    yield "GB: estimated peak of weights, activations, logits and cache; on a GPU at least that of the timed steps"
+    yield from _shares(_saved(found, config))
+    items = {part.task: part.detectable for part in found.parts if part.detectable is not None}
+    for task, least in items.items():
+        yield (
+            f"{task.rsplit('/', 1)[-1]}: accuracies that differ by {100 * least:.1f} points or more are told apart "
+            "in 4 of 5 studies, without pairing; paired by item, smaller ones are"
+        )
+    reasons = [
+        part.why if part.why.startswith("task ") else f"{part.model} on {part.task}: {part.why}"
+        for part in found.parts
+        if part.why
+    ]
+    reasons += [f"{part.model}: no steps were timed: {part.no_probe}" for part in found.parts if part.no_probe]
+    if any(part.work is not None and not part.work.counted_tokens for part in found.parts):
+        reasons.append("tokens are estimated where a model's tokenizer is not on this machine")
+    for note in dict.fromkeys([*reasons, *found.notes]):
+        yield f"note: {note}"
+
+
+def _shares(rows: list[dict[str, Any]]) -> Iterator[str]:
+    by: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        by.setdefault((row["model"], row["site"]), []).append(row)
+    if by:
+        yield "FLOPs that zeros would save (of the FFN, of the model); which sparsity is reached, the run tells:"
+    for (model, site), own in by.items():
+        cells = [
+            f"{row['sparsity']:.0%}: {row['ffn']:.0%}"
+            + ("" if row["whole_model"] is None else f", {row['whole_model']:.0%}")
+            for row in own
+            if row["ffn"] is not None
+        ]
+        if cells:
+            yield f"  {model}, {site}: {'; '.join(cells)}"
+
+
+def _short(value: float) -> str:
+    """Write a number with a prefix, such as 1.2 T."""
+    for size, sign in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {sign}"
+    return f"{value:,.0f}" if value < 1e4 else f"{value / 1e3:.3g} k"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.2g}"

@@ -1,0 +1,198 @@
+"""Download what a study needs, said before it is done: models in safetensors, tokenizers, and the data of tasks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.models import resolve
+from dllm_sparsity.study.tasks import find_task, load_tasks
+
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_NOT = ("consolidated*.safetensors", "*.gguf")
+_BELOW = "*/*"
+_OWN_DATA = ("json", "csv", "text", "parquet", "arrow")
+"""Readers of files that a task names; such files are on this machine or are named with their address."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """One model or task and what is still to be downloaded for it.
+
+    Args:
+        kind: model or task.
+        name: Hub id or folder of a model; name of a task.
+        source: What is downloaded: the hub id of a model, data sets of a task; empty where nothing has to be.
+        files: Files that are missing; 0 for a task.
+        missing: Bytes that are missing; None where that is not known before.
+        total: Bytes in all; None where that is not known before.
+    """
+
+    kind: str
+    name: str
+    source: str
+    files: int
+    missing: int | None
+    total: int | None
+
+
+def needs(config: StudyConfig) -> list[Need]:
+    """Ask the hub what a study needs; no weight and no document is downloaded.
+
+    Args:
+        config: The study.
+
+    Raises:
+        UserError: A model or task does not exist or may not be read, or the disk has no room for it.
+    """
+    found = [_model(model) for model in _distinct(config.models)]
+    for spec in config.tasks:
+        found.append(_task(spec))
+    _check_room(found)
+    return found
+
+
+def fetch(config: StudyConfig, need: Need) -> None:
+    """Download one model or task; files that are there whole are kept.
+
+    Args:
+        config: The study.
+        need: As `needs` returned it.
+
+    Raises:
+        UserError: It cannot be had.
+    """
+    if need.kind == "task":
+        for spec in config.tasks:
+            if _title(spec) == need.name:
+                load_tasks(spec, config.seed)
+        return
+    if not need.source:
+        return
+    from huggingface_hub import snapshot_download
+
+    for model in _distinct(config.models):
+        if resolve(model.model) == need.name:
+            _hub(snapshot_download, model)
+
+
+def _distinct(models: tuple[ModelConfig, ...]) -> list[ModelConfig]:
+    """Return one configuration for each model and revision, the one with its code where one of them trusts it."""
+    by: dict[tuple[str, str | None, bool], ModelConfig] = {}
+    for model in models:
+        key = (model.model, model.revision, bool(getattr(model, "pipeline", None)))
+        if key not in by or model.trust_remote_code:
+            by[key] = model
+    return list(by.values())
+
+
+def _hub(download: Any, model: ModelConfig, **more: Any) -> Any:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from dllm_sparsity.lm.loading import hub_error
+
+    patterns = [*_FILES, *(["*.py"] if model.trust_remote_code else [])]
+    ignored = list(_NOT) if getattr(model, "pipeline", None) else [*_NOT, _BELOW]
+    try:
+        return download(
+            resolve(model.model), revision=model.revision, allow_patterns=patterns, ignore_patterns=ignored, **more
+        )
+    except HfHubHTTPError as error:
+        raise hub_error(resolve(model.model), model.revision, error) from error
+    except Exception as error:  # a full disk, or the errors of whatever library the hub's client speaks through
+        why = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the download of {resolve(model.model)} stopped: {why}",
+            "run the same command again: files that are whole are kept",
+        ) from error
+
+
+def _model(model: ModelConfig) -> Need:
+    from dllm_sparsity.lm.loading import check_exists
+
+    name = resolve(model.model)
+    check_exists(name, model.revision)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Need("model", name, "", 0, 0, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    from huggingface_hub import snapshot_download
+
+    files = _hub(snapshot_download, model, dry_run=True)
+    if not any(file.filename.endswith(".safetensors") for file in files):
+        raise UserError(
+            f"{name} has no safetensors weights; pickles are never downloaded",
+            "convert it: load and save_pretrained it once, and give the folder",
+        )
+    absent = [file for file in files if file.will_download]
+    return Need(
+        "model",
+        name,
+        name if absent else "",
+        len(absent),
+        sum(file.file_size or 0 for file in absent),
+        sum(file.file_size or 0 for file in files),
+    )
+
+
+def _task(spec: TaskSpec) -> Need:
+    if spec.text is not None:
+        return Need("task", _title(spec), "", 0, 0, Path(spec.text).stat().st_size)
+    name = spec.name or ""
+    sources = list(dict.fromkeys(_data_sets(find_task(name).task_index, name)))
+    if not sources:
+        return Need("task", name, "", 0, 0, None)
+    return Need("task", name, ", ".join(sources), 0, None, None)
+
+
+def _title(spec: TaskSpec) -> str:
+    return spec.name or Path(spec.text or "").name
+
+
+def _data_sets(index: Any, name: str) -> Iterator[str]:
+    """Give the data sets of a task, or of those that a group or tag stands for."""
+    entry = index.get(name)
+    fields = (entry.cfg if entry is not None else _file(name)) or {}
+    below = fields.get("task") if "group" in fields else sorted(entry.tags) if entry and entry.cfg is None else ()
+    for each in below if isinstance(below, list) else ():
+        inner = each if isinstance(each, str) else each.get("task") if isinstance(each, dict) else None
+        if isinstance(inner, str) and inner != name:
+            yield from _data_sets(index, inner)
+    path = fields.get("dataset_path")
+    if isinstance(path, str) and path not in _OWN_DATA and not Path(path).exists():
+        yield f"{path} ({fields['dataset_name']})" if fields.get("dataset_name") else path
+
+
+def _file(name: str) -> dict[str, Any]:
+    """Read a task file as far as its data set; lm-eval's `!function` tags are of no matter here."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: None)
+    try:
+        found = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_room(found: list[Need]) -> None:
+    from huggingface_hub import constants
+
+    wanted = sum(need.missing or 0 for need in found)
+    place = Path(constants.HF_HUB_CACHE)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if wanted > free:
+        raise UserError(
+            f"{wanted / 1e9:.1f} GB are to be downloaded, the disk of {constants.HF_HUB_CACHE} has {free / 1e9:.1f}",
+            "free some, or set HF_HOME to a folder on a larger disk",
+        )

@@ -1,0 +1,118 @@
+"""Without a network: turn it off for the libraries, and name what a study needs and this machine lacks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.config import ModelConfig, StudyConfig
+
+_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+INDEX = "model.safetensors.index.json"
+
+
+def go_offline() -> None:
+    """Turn the network off for the libraries of the hub, those that are imported already included."""
+    for name in _SWITCHES:
+        os.environ[name] = "1"
+    for module, name in (
+        ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+        ("datasets.config", "HF_HUB_OFFLINE"),
+        ("datasets.config", "HF_DATASETS_OFFLINE"),
+        ("evaluate.config", "HF_EVALUATE_OFFLINE"),
+    ):
+        if module in sys.modules:
+            setattr(sys.modules[module], name, True)
+
+
+def check_offline(config: StudyConfig) -> None:
+    """Refuse a study that needs what is not on this machine: models, tokenizers, and the data of its tasks.
+
+    Args:
+        config: The study.
+
+    Raises:
+        UserError: Something is missing; all of it is named.
+    """
+    if lacking := missing(config):
+        raise UserError(f"offline: {'; '.join(lacking)}", "with a network, first: dllm-sparsity fetch CONFIG")
+
+
+def missing(config: StudyConfig) -> list[str]:
+    """Return what a study needs and this machine lacks, in words.
+
+    Args:
+        config: The study.
+
+    Raises:
+        UserError: A task does not exist.
+    """
+    from dllm_sparsity.study.tasks import load_tasks
+
+    found = [
+        f"{model.name} is not on this machine: {', '.join(files)}"
+        for model in config.models
+        if (files := missing_files(model))
+    ]
+    for spec in config.tasks:
+        try:
+            load_tasks(spec, config.seed)
+        except UserError as error:
+            if "cannot be loaded" not in error.message:
+                raise
+            found.append(f"the data of task {spec.name} is not on this machine")
+    return found
+
+
+def missing_files(model: ModelConfig) -> list[str]:
+    """Return which files a model needs and this machine lacks; nothing is looked up on a network.
+
+    Args:
+        model: The model.
+    """
+    from dllm_sparsity.study.models import resolve
+
+    name = resolve(model.model)
+    lacking = [] if _find(name, "config.json", model.revision) else ["config.json"]
+    index = _find(name, INDEX, model.revision)
+    if index is not None:
+        lacking += [shard for shard in shards(index) if not _find(name, shard, model.revision)]
+    elif not _find(name, "model.safetensors", model.revision):
+        folder = Path(name).expanduser()
+        if not (folder.is_dir() and any(folder.glob("*.safetensors"))):
+            lacking.append("model.safetensors")
+    if not any(_find(name, file, model.revision) for file in _TOKENIZERS):
+        lacking.append("its tokenizer")
+    return lacking
+
+
+def shards(index: Path) -> list[str]:
+    """Return the files of weights that an index names.
+
+    Args:
+        index: The index file.
+    """
+    import json
+
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"cannot read {index}: {error}", "delete it, and fetch the model again") from error
+
+
+def _find(model: str, file: str, revision: str | None) -> Path | None:
+    """Return a file of a model in its folder or in the cache of the hub."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, file, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None

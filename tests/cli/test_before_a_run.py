@@ -1,0 +1,108 @@
+"""compare --dry-run and --offline: what is printed, and that nothing is run, written, loaded or looked up."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+REFUSE_NETWORK = """
+import socket, sys
+asked = []
+def refuse(*arguments, **keys):
+    asked.append(arguments)
+    raise OSError("no network")
+socket.getaddrinfo = refuse
+socket.socket.connect = refuse
+from dllm_sparsity.cli.main import main
+sys.argv = ["dllm-sparsity", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("lookups", len(asked), file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def path(study, tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump({**study, "tasks": study["tasks"][:2]}))
+    return file
+
+
+def test_a_dry_run_ends_with_the_command_and_writes_nothing(run, path, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run("compare", path, "--limit", "2", "--dry-run")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == f"nothing was run or written; to run it: dllm-sparsity compare {path} --limit 2"
+    for part in ("cells: 20", "dense FLOPs", "estimated disk", "without pairing", "FLOPs a token", "three timed steps"):
+        assert part in " ".join(out.split())
+    assert max(len(line) for line in out.splitlines()[:-1]) <= 80
+    assert [file.name for file in tmp_path.iterdir()] == ["study.yaml"]
+
+
+def test_a_dry_run_as_json_and_with_a_problem(run, path):
+    fields = yaml.safe_load(path.read_text())
+    fields["rules"][0]["strengths"] = [1.0]
+    path.write_text(yaml.safe_dump(fields))
+    code, out, _ = run("compare", path, "--dry-run", "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert any("dense setting" in problem for problem in found["problems"])
+    saved = next(row for row in found["saved"] if row["site"] == "all" and row["sparsity"] == 0.5)
+    assert saved["ffn"] == pytest.approx(0.5)
+    assert 0 < saved["whole_model"] < 0.5
+
+
+def test_what_is_missing_offline_is_named_before_a_weight_is_read(run, path, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def refuse(*arguments, **keys):
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    fields = yaml.safe_load(path.read_text())
+    fields["models"][0]["model"] = "nobody/nothing"
+    fields["tasks"].append({"name": "piqa"})
+    path.write_text(yaml.safe_dump(fields))
+    code, _, err = run("compare", path, "--offline")
+    assert code == 1
+    assert "nothing is not on this machine: config.json, model.safetensors, its tokenizer" in err
+    assert "the data of task piqa is not on this machine" in err
+    assert "dllm-sparsity fetch CONFIG" in err
+    assert not (tmp_path / "runs").exists()
+    code, out, _ = run("check", path, "--offline")
+    assert code == 1
+    assert "problem: the data of task piqa is not on this machine" in out
+    assert run("fetch", path, "--offline")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fetch", "{path}", "--offline"],
+        ["compare", "{path}", "--offline", "--out", "{out}"],
+        ["eval", "--offline", "--model", "sparse-ar", "--tasks", "piqa", "--model_args", "pretrained={ar}"],
+    ],
+    ids=["fetch", "compare", "eval"],
+)
+def test_nothing_is_looked_up(path, material, tmp_path, monkeypatch, arguments):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    fields = yaml.safe_load(path.read_text())
+    small = {
+        "models": fields["models"][:1],
+        "tasks": fields["tasks"][:1],
+        "rules": [{"name": "top_p", "strengths": [0.9]}],
+    }
+    path.write_text(yaml.safe_dump(small))
+    given = [part.format(path=path, out=tmp_path / "out", ar=material / "ar") for part in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE_NETWORK, *given], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert "lookups 0" in done.stderr
+    assert done.returncode == (1 if given[0] == "eval" else 0), done.stderr
+    if given[0] == "eval":
+        assert "piqa cannot be loaded" in done.stderr
+        assert "Loading weights" not in done.stderr

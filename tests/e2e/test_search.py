@@ -1,0 +1,56 @@
+"""A search on the embedded pair: cells by blocks, sealed and resumed, and its answer in the summary, the table and the report."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from dllm_sparsity import compare
+from dllm_sparsity.analysis import load
+from dllm_sparsity.study.engines import local
+
+STUDY = {
+    "name": "searched",
+    "models": [
+        {"paradigm": "autoregressive", "model": "embedded:autoregressive", "label": "AR twin", "batch_size": 64}
+    ],
+    "tasks": [{"name": "heldout_text", "limit": 70}],
+    "rules": [{"name": "top_p", "sites": ["intermediate"]}],
+    "search": {"retentions": [0.99], "quality": "nll", "width": 0.05, "budget": 700},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return compare(STUDY, tmp_path_factory.mktemp("search") / "run")
+
+
+def test_the_answer_is_told_everywhere(finished):
+    (answer,) = json.loads((finished.path / "search.json").read_text())["curves"]
+    assert answer["interval"][0] <= answer["value"] <= answer["interval"][1]
+    assert answer["evaluations"] <= 700
+    assert answer["stopped"] in ("width", "items", "budget")
+    assert finished.summary["search"]["curves"] == [answer]
+    (row,) = finished.table()
+    assert (row["critical"], row["interval"]) == (answer["value"], answer["interval"])
+    assert row["quality"] == "nll"
+    assert "AR twin" in finished.report.read_text()
+
+
+def test_every_block_is_a_sealed_cell_of_its_own_items(finished):
+    blocks = {}
+    for path in finished.path.glob("cells/*/cell.json"):
+        record = json.loads(path.read_text())
+        documents = pq.read_table(path.parent / "samples.parquet")["doc_id"].to_pylist()
+        start, stop = record["parts"]["block"]
+        assert len(documents) == len(set(documents)) == stop - start
+        assert blocks.setdefault((start, stop), documents) == documents
+    assert sorted(document for own in blocks.values() for document in own) == list(range(70))
+    run = load(finished.path)
+    assert {cell.record["items"] for cell in run.cells if cell.record["dense"]} == {70}
+
+
+def test_a_second_run_computes_nothing(finished, monkeypatch):
+    monkeypatch.setattr(local, "open_backend", lambda *_: pytest.fail("a model was loaded"))
+    again = compare(STUDY, finished.path)
+    assert again.summary["search"] == finished.summary["search"]

@@ -1,0 +1,186 @@
+"""The search for critical sparsity: brackets, rounds, budget, coverage on items whose answer is known, and its plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dllm_sparsity.analysis.profile import Column, Threshold, profile
+from dllm_sparsity.analysis.search import LADDER, Ask, Limits, Search, boundaries
+from dllm_sparsity.analysis.simulate import grid_study, search_study, table, tally
+from dllm_sparsity.analysis.worlds import WORLDS, sparsity_at
+from dllm_sparsity.cli.compare import _on_paper_grid
+from dllm_sparsity.comparison import ladder_of
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.config import RuleConfig, build_config
+from dllm_sparsity.study.plan import block_cell, cell_parts, expand, item_order, with_block
+
+BY_NAME = {world.name: world for world in WORLDS}
+
+
+def drive(search, sample):
+    asks, told = search.run(), []
+    try:
+        ask = next(asks)
+        while True:
+            told.append(ask)
+            ask = asks.send(sample.column(ask.strength or 0.0, ask.start, ask.stop))
+    except StopIteration as end:
+        return end.value, told
+
+
+def column(quality, sparsity, items=64):
+    ones = np.ones(items)
+    return Column(np.full(items, quality), ones, ones * (1 - sparsity), ones)
+
+
+def test_a_profile_without_noise_reads_the_crossing():
+    sparse = [column(-2.0, 0.2), column(-2.005, 0.4), column(-2.105, 0.5)]
+    found = profile(column(-2.0, 0.0), sparse, Threshold(0.99, logarithmic=True, bounded=False))
+    expected = 0.4 + 0.1 * (-np.log(0.99) - 0.005) / 0.1
+    assert found.estimate == pytest.approx(expected)
+    assert found.interval == pytest.approx((expected, expected))
+    assert found.crosses
+    assert found.fails
+
+
+def test_a_profile_that_never_fails_is_one_sided():
+    sparse = [column(-2.0, 0.2), column(-2.0, 0.9)]
+    found = profile(column(-2.0, 0.0), sparse, Threshold(0.99, logarithmic=True, bounded=False), ended=True)
+    assert (found.crosses, found.fails) == (False, False)
+    assert found.estimate == pytest.approx(0.9)
+
+
+def test_items_that_happen_to_agree_are_not_certain():
+    found = profile(column(1.0, 0.0), [column(1.0, 0.5)], Threshold(0.99, logarithmic=False, bounded=True))
+    assert found.low < 0.5
+
+
+def test_a_strength_on_the_first_items_counts_by_its_difference():
+    rng = np.random.default_rng(0)
+    level, ones = rng.normal(2, 1, 400), np.ones(400)
+    dense, near = Column(-level, ones, ones, ones), Column(-level - 0.005, ones, ones * 0.6, ones)
+    far = Column(-level - 0.105, ones, ones * 0.5, ones).first(100)
+    found = profile(dense, [near, far], Threshold(0.99, logarithmic=True, bounded=False))
+    assert found.estimate == pytest.approx(0.4 + 0.1 * (-np.log(0.99) - 0.005) / 0.1)
+    assert found.width < 1e-6
+
+
+def test_blocks_are_contiguous_and_dense_comes_first():
+    search = Search(LADDER, [BY_NAME["NLL, monotone"].threshold], Limits(0.02, 1000))
+    goals, told = drive(search, BY_NAME["NLL, monotone"].draw(1))
+    have: dict[float | None, int] = {}
+    for ask in told:
+        assert ask.start == have.get(ask.strength, 0)
+        assert ask.stop in boundaries(1000)
+        have[ask.strength] = ask.stop
+        assert ask.stop <= have[None]
+    assert told[0] == Ask(None, 0, 64)
+    assert search.spent == sum(ask.stop - ask.start for ask in told)
+    assert goals[0].stopped == "width"
+    assert goals[0].profile.width <= 0.02
+
+
+def test_the_search_is_a_function_of_what_it_was_sent():
+    world = BY_NAME["accuracy, few items"]
+    first, second = (drive(Search(LADDER, [world.threshold], Limits(0.1, 600)), world.draw(3))[1] for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("budget", [10, 64, 500, 2000])
+def test_the_budget_is_kept(budget):
+    world = BY_NAME["accuracy, monotone"]
+    search = Search(LADDER, [world.threshold], Limits(0.01, 4000, budget))
+    goals, _ = drive(search, world.draw(0))
+    assert search.spent <= budget
+    assert goals[0].stopped == "budget"
+    assert (goals[0].profile is None) == (budget < 500)
+
+
+def test_several_retentions_share_their_items():
+    world = BY_NAME["NLL, monotone"]
+    thresholds = [Threshold(own, logarithmic=True, bounded=False) for own in (0.9, 0.95, 0.99)]
+    search = Search(LADDER, thresholds, Limits(0.03, 1000))
+    goals, _ = drive(search, world.draw(0))
+    alone = 0
+    for threshold in thresholds:
+        one = Search(LADDER, [threshold], Limits(0.03, 1000))
+        drive(one, world.draw(0))
+        alone += one.spent
+    places = [goal.profile.estimate for goal in goals]
+    assert places == sorted(places, reverse=True)
+    assert search.spent < alone
+
+
+def test_the_crossing_of_a_steep_curve_is_found():
+    goal, _ = search_study(BY_NAME["NLL, monotone"].draw(5), Limits(0.02, 1000))
+    truth, _ = BY_NAME["NLL, monotone"].truth()
+    assert abs(goal.profile.estimate - truth) < 0.03
+
+
+def test_a_curve_that_never_fails_ends_at_the_range():
+    goal, _ = search_study(BY_NAME["NLL, never fails"].draw(5), Limits(0.02, 1000))
+    assert not goal.profile.crosses
+    assert goal.profile.estimate == pytest.approx(float(sparsity_at(1.0)), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["accuracy, few items", "NLL, monotone", "NLL, dip and recovery", "NLL, never fails"])
+def test_intervals_cover(name):
+    found = tally(BY_NAME[name], studies=300, grids=10)
+    assert found.covered >= 0.915  # of 300 studies at 95 %, fewer than 1 in 200 lie below
+    assert found.cost < 0.35
+
+
+def test_the_table_has_a_line_for_each_world():
+    assert len(table([tally(BY_NAME["NLL, fails at once"], 5, 2)]).splitlines()) == 3
+    low, high = grid_study(BY_NAME["NLL, monotone"].draw(0))
+    assert low < high
+
+
+def test_ladders_run_from_dense_to_the_end():
+    assert ladder_of(RuleConfig(name="top_p"))[::6] == [1.0, 0.0]
+    assert ladder_of(RuleConfig(name="top_k"))[-1] == pytest.approx(0.01)
+    assert ladder_of(RuleConfig(name="max_p"))[::6] == [0.0, 1.0]
+    assert ladder_of(RuleConfig(name="threshold", strengths=(0.5, 0.1))) == [0.0, 0.1, 0.5]
+    with pytest.raises(UserError, match="no upper end"):
+        ladder_of(RuleConfig(name="threshold"))
+
+
+FIELDS = {
+    "models": [{"paradigm": "autoregressive", "model": "embedded:autoregressive"}],
+    "tasks": [{"name": "easy_endings"}],
+    "rules": [{"name": "top_p"}],
+}
+
+
+def test_a_study_needs_strengths_or_a_search():
+    with pytest.raises(UserError, match="strengths"):
+        build_config(FIELDS)
+    study = build_config({**FIELDS, "search": {"retentions": [0.99, 0.95]}})
+    assert study.search.retentions == (0.95, 0.99)
+    assert expand(study) == []
+    with pytest.raises(UserError, match="retention"):
+        build_config({**FIELDS, "search": {"retention": [0.99]}})
+
+
+def test_a_block_changes_the_fingerprint_and_no_other_cell():
+    study = build_config({**FIELDS, "search": {}})
+    cell = block_cell(study, study.models[0], study.tasks[0], (study.rules[0], "input"), 0.9)
+    parts = [cell_parts(own, 0, {}, {}, {}) for own in (cell, with_block(cell, 0, 64), with_block(cell, 64, 80))]
+    assert "block" not in parts[0]
+    assert parts[1] == {**parts[0], "block": [0, 64]}
+    assert parts[2]["block"] == [64, 80]
+
+
+def test_items_are_taken_at_random_and_the_same_way_again():
+    assert item_order(50, 1) == item_order(50, 1) != item_order(50, 2)
+    assert sorted(item_order(50, 1)) == list(range(50))
+
+
+def test_the_papers_grid():
+    (rule,) = _on_paper_grid([{"name": "top_p", "sites": ["up"]}], {})
+    assert len(rule["strengths"]) == 25
+    with pytest.raises(UserError, match="grid of top_p"):
+        _on_paper_grid([{"name": "top_k"}], {})
+    with pytest.raises(UserError, match="both say"):
+        _on_paper_grid([{"name": "top_p"}], {"strength": (0.5,)})
