@@ -19,7 +19,7 @@ _GROWTH, _LEAP, _SPARE = 1.25, 2.0, 1.1
 _MOST_POINTS = 12
 _LIFT = 8
 """A strength counts in a round when it was measured on this part of its items."""
-_BEND = 0.2
+_BEND = 0.12
 """Widest gap between neighbours at the ends of the interval, in roots of its width: a curve bends as its square."""
 _AT_CROSSING, _AT_LOW, _IN_PASSING = 1.5, 2.5, 2.0
 """How much wider it may be elsewhere: below a curve that bends down, a chord makes the low end err to the safe side."""

@@ -150,8 +150,8 @@ def table(tallies: Sequence[Tally]) -> str:
 _TEXT = """# Does the search's interval hold the truth, and what does the search cost?
 
 Made by `python -m dllm_sparsity.analysis.simulate --studies {studies} --grids {grids}`.
-Every line is {studies} simulated studies of items whose critical sparsity at 99 % of dense is known, and {grids} simulated
-grids of the paper's 26 values on as many items.
+Every line is {studies} simulated studies of items whose critical sparsity at 99 % of dense is known, and {grids}
+simulated grids of the paper's 26 values on as many items.
 
 {table}
 
@@ -162,8 +162,8 @@ grids of the paper's 26 values on as many items.
 - The grid's interval is that of the interpolated crossing with a paired bootstrap of {draws} draws. The width asked of
   the search is the grid's mean width, at least {narrowest} points. The search has no more items than the grid, so it
   often ends with all of them used and an interval wider than asked: compare the widths before the evaluations.
-- `too low` and `too high` are the shares of intervals that lie wholly below and above the truth. With {studies} studies,
-  a true coverage of 95 % shows within {margin:.1f} points of it.
+- `too low` and `too high` are the shares of intervals that lie wholly below and above the truth. With {studies}
+  studies, a true coverage of 95 % shows within {margin:.1f} points of it.
 - Where no strength fails, the answer is one-sided, and it holds when its low end is not above the truth.
 - Widths and sparsities are in points of a hundred.
 """

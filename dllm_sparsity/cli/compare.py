@@ -51,7 +51,7 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--device", help="cpu, cuda, cuda:0; a GPU where there is one when not given.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random.")
 @click.option("--offline", is_flag=True, help="Look nothing up on a network; refuse what is not on this machine.")
-@click.option("--fail-if", metavar="EXPR", help="Leave with exit code 3 where this holds of the summary's numbers.")
+@click.option("--fail-if", metavar="EXPR", help="Leave with exit code 4 where this holds of the summary's numbers.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take; run and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object instead of a table.")
 @click.pass_context

@@ -13,7 +13,7 @@ import click
 
 from dllm_sparsity.errors import UserError, did_you_mean
 
-EXIT_CODE = 3
+EXIT_CODE = 4
 _COMPARE: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,

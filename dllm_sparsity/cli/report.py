@@ -12,7 +12,7 @@ from dllm_sparsity.errors import UserError
 @click.command(short_help="Write the report of one or several runs, from disk.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the report of several runs.")
-@click.option("--fail-if", metavar="EXPR", help="Leave with exit code 3 where this holds of the summary's numbers.")
+@click.option("--fail-if", metavar="EXPR", help="Leave with exit code 4 where this holds of the summary's numbers.")
 @click.pass_context
 def report(context: click.Context, runs: tuple[Path, ...], out: Path | None, fail_if: str | None) -> None:
     """Write the report of a run directory again from its sealed cells. Needs no model and no GPU.

@@ -119,10 +119,10 @@ def test_exit_codes(run, material):
         "input",
     ]
     code, _, err = run(*command, "--fail-if", "counts.cells == 2")
-    assert code == 3
+    assert code == 4
     assert err.splitlines()[-1] == "failed: counts.cells == 2"
     assert run(*command, "--fail-if", "counts.cells > 2", "--json")[0] == 0
-    assert run("report", "runs/ar", "--fail-if", "counts.cells > 1")[0] == 3
+    assert run("report", "runs/ar", "--fail-if", "counts.cells > 1")[0] == 4
     code, out, err = run(*command, "--fail-if", "counts.cels > 2")
     assert code == 1
     assert "did you mean counts.cells?" in err

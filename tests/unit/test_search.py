@@ -126,8 +126,8 @@ def test_a_curve_that_never_fails_ends_at_the_range():
 
 @pytest.mark.parametrize("name", ["accuracy, few items", "NLL, monotone", "NLL, dip and recovery", "NLL, never fails"])
 def test_intervals_cover(name):
-    found = tally(BY_NAME[name], studies=300, grids=10)
-    assert found.covered >= 0.915  # of 300 studies at 95 %, fewer than 1 in 200 lie below
+    found = tally(BY_NAME[name], studies=120, grids=5)
+    assert found.covered >= 0.89  # seeds are fixed; of 120 studies at 95 %, 1 in 200 would lie below
     assert found.cost < 0.35
 
 
