@@ -48,6 +48,7 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
             "curves": _with_holm([_curve(*both) for both in zip(curves, judged, strict=True)]),
             "comparisons": [_comparison(pair) for pair in pairs],
             "cells": [_cell(cell) for cell in run.cells],
+            **({} if run.search is None else {"search": run.search}),
         }
     )
 

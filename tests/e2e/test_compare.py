@@ -142,7 +142,14 @@ def test_sigint_and_sigterm_leave_sealed_cells(material, tmp_path, study):
     }
     for number in (signal.SIGINT, signal.SIGTERM):
         sealed = len(list(tmp_path.glob("run/cells/[!.]*/DONE")))
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )
         deadline = time.monotonic() + 120
         while (
             len(list(tmp_path.glob("run/cells/[!.]*/DONE"))) <= sealed
