@@ -82,8 +82,6 @@ def compare(
         if searches is not None:
             searches.write(rundir.path)
         report = write_report(rundir.path)
-        if searches is not None:
-            searches.put_into_summary(rundir.path)
         return finish(rundir.path, report)
 
 
@@ -167,15 +165,6 @@ class Searches:
         from dllm_sparsity.analysis.summary import clean
 
         _write_json(path / "search.json", clean({"curves": self.answers, "averages": averages(self.answers)}))
-
-    def put_into_summary(self, path: Path) -> None:
-        """Add what search.json holds to summary.json.
-
-        Args:
-            path: The run directory.
-        """
-        summary, search = (json.loads((path / f"{name}.json").read_text("utf-8")) for name in ("summary", "search"))
-        _write_json(path / "summary.json", summary | {"search": search})
 
 
 def _write_json(path: Path, data: Any) -> None:
