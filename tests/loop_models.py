@@ -8,13 +8,7 @@ import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    DiffusionGemmaConfig,
-    DiffusionGemmaForBlockDiffusion,
-    DiffusionGemmaTextConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 
 class Block(nn.Module):
@@ -129,22 +123,3 @@ def gather_tokens(model, prompt_width, every=4):
 
         block.forward = forward
     return model
-
-
-def diffusion_gemma():
-    text = DiffusionGemmaTextConfig(
-        **{**tiny.SHAPE, "num_hidden_layers": 3},
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        sliding_window=16,
-        num_experts=4,
-        top_k_experts=2,
-        moe_intermediate_size=16,
-    )
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = DiffusionGemmaConfig(
-        text_config=text,
-        vision_config={"model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8, **vision},
-        canvas_length=8,
-        **{"image_token_id": 97, "boi_token_id": 98, "eoi_token_id": 99},
-    )
-    return tiny.randomize(DiffusionGemmaForBlockDiffusion(config), std=0.4)

@@ -9,9 +9,11 @@ from functools import cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from tiny import randomize
 from torch import nn
 
 WIDTH, FFN, LAYERS, VOCAB = 32, 64, 2, 100
+CANVAS = 8
 GATED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "modernbert", "llada")
 PLAIN = ("gpt2", "gpt_neox", "opt", "bert")
 FAMILIES = (*GATED, *PLAIN)
@@ -104,3 +106,27 @@ def hooks(model: nn.Module) -> int:
     """Count the hooks on a model's modules."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def diffusion_gemma() -> nn.Module:
+    """Random weights; text only, but the image token's id has to be one of the vocabulary."""
+    import transformers as hf
+
+    text = hf.DiffusionGemmaTextConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=8, num_global_key_value_heads=2, sliding_window=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"], num_experts=4, top_k_experts=2,
+        moe_intermediate_size=16, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    vision = hf.Gemma4VisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    ids = {"image_token_id": 99, "boi_token_id": 98, "eoi_token_id": 97}
+    config = hf.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS, **ids)
+    return randomize(hf.DiffusionGemmaForBlockDiffusion(config), std=0.4)

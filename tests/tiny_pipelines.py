@@ -4,31 +4,9 @@ import diffusers
 import tiny
 import torch
 import transformers as hf
+from tiny_families import CANVAS as CANVAS
+from tiny_families import diffusion_gemma as diffusion_gemma
 from transformers import LlamaForCausalLM
-
-CANVAS = 8
-
-
-def diffusion_gemma():
-    """Random weights; text only, but the image token's id has to be one of the vocabulary."""
-    text = hf.DiffusionGemmaTextConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, global_head_dim=8, num_global_key_value_heads=2, sliding_window=16,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"], num_experts=4, top_k_experts=2,
-        moe_intermediate_size=16, max_position_embeddings=256, pad_token_id=tiny.PAD, bos_token_id=tiny.BOS,
-        eos_token_id=tiny.EOS,
-    )  # fmt: skip
-    vision = hf.Gemma4VisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    ids = {"image_token_id": 99, "boi_token_id": 98, "eoi_token_id": 97}
-    config = hf.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=CANVAS, **ids)
-    return tiny.randomize(hf.DiffusionGemmaForBlockDiffusion(config), std=0.4)
 
 
 def gemma_pipeline(model, scheduler):

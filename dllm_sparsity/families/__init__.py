@@ -71,8 +71,8 @@ def _check_covered(found: list[FFN], model: nn.Module) -> None:
     """Refuse a stack of layers of which some have no FFN that is known: a study would pass over them in silence."""
     stacks: dict[str, set[int]] = {}
     for ffn in found:
-        block = _block(ffn)
-        stacks.setdefault(block.rpartition(".")[0], set()).add(ffn.layer)
+        stack, number = place(ffn)
+        stacks.setdefault(stack, set()).add(number)
     for stack, layers in stacks.items():
         blocks = dict(model.get_submodule(stack).named_children())
         missing = sorted(int(key) for key in blocks if key.isdecimal() and int(key) not in layers)
@@ -83,10 +83,14 @@ def _check_covered(found: list[FFN], model: nn.Module) -> None:
             )
 
 
-def _block(ffn: FFN) -> str:
-    """Return the path of the numbered block that an FFN stands in."""
+def place(ffn: FFN) -> tuple[str, int]:
+    """Return the path of the stack of blocks that an FFN stands in, and the number of its block there.
+
+    Args:
+        ffn: As a family found it.
+    """
     number = _BLOCK_NUMBER.search(ffn.name)
-    return ffn.name if number is None else ffn.name[: number.end(1)]
+    return ("", ffn.layer) if number is None else (ffn.name[: number.start()], int(number[1]))
 
 
 def _with_norm(ffn: FFN, model: nn.Module) -> FFN:
@@ -115,11 +119,10 @@ def _unshared(found: list[FFN]) -> list[FFN]:
 
 def _numbered(found: list[FFN]) -> list[FFN]:
     """Number layers through where two stacks, such as an encoder and a decoder, use the same numbers."""
-    blocks = list(dict.fromkeys(_block(ffn) for ffn in found))
-    own = {_block(ffn): ffn.layer for ffn in found}
-    if len(set(own.values())) == len(blocks):
+    blocks = list(dict.fromkeys(place(ffn) for ffn in found))
+    if len({number for _, number in blocks}) == len(blocks):
         return sorted(found, key=lambda ffn: ffn.layer)
-    return [replace(ffn, layer=blocks.index(_block(ffn))) for ffn in found]
+    return [replace(ffn, layer=blocks.index(place(ffn))) for ffn in found]
 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:

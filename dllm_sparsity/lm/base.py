@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.call import ModelCall
 from dllm_sparsity.lm.distributed import each_once
-from dllm_sparsity.lm.items import Generation, ItemLog, PromptBatch, Score, Target
+from dllm_sparsity.lm.items import MAX_NEW_TOKENS, Generation, ItemLog, PromptBatch, Score, Target
 from dllm_sparsity.lm.journal import Journal, answer
 from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load, longest_sequence
 from dllm_sparsity.lm.text import TextLM
@@ -55,7 +55,7 @@ class SparsityLM(TextLM):
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """Called with (requests done, requests in all) after each batch."""
         self.max_length = max_length or longest_sequence(model, tokenizer)
-        self.max_gen_toks = 256
+        self.max_gen_toks = MAX_NEW_TOKENS
 
     @classmethod
     def from_source(cls, source: ModelSource, **settings: Any) -> Self:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
@@ -17,13 +17,10 @@ import torch.distributed as dist
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.sparsity.clock import TokenState
-from dllm_sparsity.sparsity.reading import Reading
+from dllm_sparsity.sparsity.reading import KEYS, PerItem, Reading, add_items
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-
-KEYS = ("phase", "branch", "block", "step", "noise_bin", "layer", "site", "expert", "token_state")
-"""Columns of a reading that say what a row is about; all others are sums."""
 
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, then what mpirun sets
 _PATIENCE_SECONDS = 3.0  # a launcher kills the others when one process ends; let the one that reports finish first
@@ -154,7 +151,10 @@ def merge(readings: Sequence[Reading]) -> Reading:
     columns = {name: [key[place] for key in order] for place, name in enumerate(keys)}
     columns |= {name: [sums[key][place] for key in order] for place, name in enumerate(counts)}
     notes = dict.fromkeys(note for reading in readings for note in reading.notes)
-    return Reading({name: columns[name] for name in names}, _merge_items(readings), tuple(notes))
+    per_item: PerItem = {}
+    for reading in readings:
+        add_items(per_item, reading.per_item)
+    return Reading({name: columns[name] for name in names}, per_item, tuple(notes))
 
 
 def _order(keys: list[str], rows: list[tuple]) -> Callable[[tuple], tuple]:
@@ -167,17 +167,6 @@ def _order(keys: list[str], rows: list[tuple]) -> Callable[[tuple], tuple]:
         else:
             ranks.append({value: value if isinstance(value, int) else n for n, value in enumerate(seen)})
     return lambda row: tuple(rank[value] for rank, value in zip(ranks, row, strict=True))
-
-
-def _merge_items(readings: Sequence[Reading]) -> dict[Hashable, dict[str, tuple[int, int]]]:
-    summed: dict[Hashable, dict[str, tuple[int, int]]] = {}
-    for reading in readings:
-        for item, sites in reading.per_item.items():
-            mine = summed.setdefault(item, {})
-            for site, (kept, total) in sites.items():
-                before = mine.get(site, (0, 0))
-                mine[site] = (before[0] + kept, before[1] + total)
-    return summed
 
 
 def without_padding(requests: Sequence[Instance]) -> tuple[list[Instance], list[int]]:

@@ -7,6 +7,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_NEW_TOKENS = 256
+"""What backends generate where a task names no number."""
+
 
 @dataclass(frozen=True)
 class Target:

@@ -12,7 +12,6 @@ import torch
 from dllm_sparsity.errors import UserError
 
 _LOAD_ERRORS = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError, AssertionError)
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,24 @@ from dllm_sparsity.errors import UserError
 
 NOISE_BINS = 20
 """Bins of the masked fraction of a row's canvas."""
+KEYS = ("phase", "branch", "block", "step", "noise_bin", "layer", "site", "expert", "token_state")
+"""Columns of a reading that say what a row is about; all others are sums."""
+PerItem = dict[Hashable, dict[str, tuple[int, int]]]
+"""Item -> site -> (kept, total)."""
+
+
+def add_items(sums: PerItem, more: PerItem) -> None:
+    """Add the kept and total counts of items to sums.
+
+    Args:
+        sums: Changed in place.
+        more: What is added.
+    """
+    for item, sites in more.items():
+        mine = sums.setdefault(item, {})
+        for site, (kept, total) in sites.items():
+            before = mine.get(site, (0, 0))
+            mine[site] = (before[0] + kept, before[1] + total)
 
 
 class NonFiniteError(UserError):

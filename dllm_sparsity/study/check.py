@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.families import find_ffns
+from dllm_sparsity.families import find_ffns, place
 from dllm_sparsity.sparsity.sites import FFN, expand
 from dllm_sparsity.study import plan
 from dllm_sparsity.study.architectures import Architecture, build, find_architecture, loads
@@ -18,7 +17,6 @@ from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig
 from dllm_sparsity.study.models import make_rule, make_sampler, resolve
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _OWN_LOOP = "a study runs DiffusionGemma with pipeline: diffusion_gemma; elsewhere use observe() and sparsify()"
 
 
@@ -149,7 +147,7 @@ def _check_model(
         model.paradigm,
         architecture.source,
         layers,
-        len({_place(ffn)[0] for ffn in ffns}),
+        len({place(ffn)[0] for ffn in ffns}),
         tuple(dict.fromkeys((ffn.d_model, ffn.d_ffn, ffn.experts) for ffn in ffns)),
         tuple(site for site in expand(["all", "gate", "up"]) if all(site in ffn.points for ffn in ffns)),
         sum(parameter.numel() for parameter in built.parameters()),
@@ -170,15 +168,15 @@ def coverage(ffns: Sequence[FFN], layers: int, rules: Iterable[RuleConfig]) -> l
     said = []
     stacks: dict[str, dict[int, list[FFN]]] = {}
     for ffn in ffns:
-        stack, number = _place(ffn)
+        stack, number = place(ffn)
         stacks.setdefault(stack, {}).setdefault(number, []).append(ffn)
     for stack, found in stacks.items():
-        place = f" of {stack}" if len(stacks) > 1 else ""
+        where = f" of {stack}" if len(stacks) > 1 else ""
         missing = sorted(set(range(layers)) - set(found))
         if missing:
-            said.append(f"{len(missing)} of {layers} layers{place} have no FFN that is known: {ranges(missing)}")
+            said.append(f"{len(missing)} of {layers} layers{where} have no FFN that is known: {ranges(missing)}")
         if extra := sorted(set(found) - set(range(layers))):
-            said.append(f"layers{place} beyond the {layers} that the configuration promises: {ranges(extra)}")
+            said.append(f"layers{where} beyond the {layers} that the configuration promises: {ranges(extra)}")
     for site in dict.fromkeys(site for rule in rules for asked in rule.sites for site in expand(asked)):
         without = [ffn for ffn in ffns if site not in ffn.points]
         if without:
@@ -205,12 +203,6 @@ def _left_dense(ffns: Sequence[FFN], rules: Iterable[RuleConfig]) -> list[str]:
         for name, chosen in by_name.items()
         if (left := sorted(known - chosen))
     ]
-
-
-def _place(ffn: FFN) -> tuple[str, int]:
-    """Return the stack that an FFN stands in and the number of its block there."""
-    number = _BLOCK.search(ffn.name)
-    return (ffn.name[: number.start()], int(number[1])) if number is not None else ("", ffn.layer)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.items import MAX_NEW_TOKENS
 from dllm_sparsity.study.config import ModelConfig, TaskSpec
 from dllm_sparsity.study.tasks import RUN_CODE, find_task
-
-MAX_NEW_TOKENS = 256
-"""What backends generate where a task names no number."""
 
 
 def check_tasks(tasks: Iterable[TaskSpec]) -> tuple[list[str], dict[str, int], list[str]]:

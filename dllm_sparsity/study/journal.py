@@ -18,14 +18,13 @@ from dllm_sparsity.lm.items import Generation, Score
 from dllm_sparsity.lm.journal import Answer
 from dllm_sparsity.sparsity.clock import Clock
 from dllm_sparsity.sparsity.frame import Phase, TokenState
-from dllm_sparsity.sparsity.reading import Reading
+from dllm_sparsity.sparsity.reading import KEYS, PerItem, Reading, add_items
 from dllm_sparsity.sparsity.sparsifier import Tracker
 from dllm_sparsity.study import collect
 from dllm_sparsity.study.recordfile import RecordFile
 from dllm_sparsity.study.records import PRIMITIVE_SITES, steps_schema
 
 _KINDS = {kind.__name__: kind for kind in (Score, Generation)}
-_KEYS = ("phase", "branch", "block", "step", "noise_bin", "layer", "site", "expert", "token_state")
 _ORDER: dict[str, list[str]] = {
     "phase": [str(phase) for phase in Phase],
     "branch": ["cond", "uncond"],
@@ -121,7 +120,7 @@ class CellJournal:
         self._sums.add(table, reading.per_item)
         self._place += 1
 
-    def finish(self) -> tuple[pa.Table, dict[Hashable, dict[str, tuple[int, int]]], tuple[str, ...]]:
+    def finish(self) -> tuple[pa.Table, PerItem, tuple[str, ...]]:
         """Return the step records, the kept and total counts of each item, and the notes, over all batches.
 
         Raises:
@@ -142,9 +141,9 @@ class Sums:
     def __init__(self) -> None:
         self._tables: list[pa.Table] = []
         self._pending = 0
-        self.per_item: dict[Hashable, dict[str, tuple[int, int]]] = {}
+        self.per_item: PerItem = {}
 
-    def add(self, steps: pa.Table, per_item: dict[Hashable, dict[str, tuple[int, int]]]) -> None:
+    def add(self, steps: pa.Table, per_item: PerItem) -> None:
         """Add the counts of a batch.
 
         Args:
@@ -155,26 +154,22 @@ class Sums:
         self._pending += len(steps)
         if self._pending > _PENDING_ROWS:
             self._tables, self._pending = [self._summed()], 0
-        for item, sites in per_item.items():
-            mine = self.per_item.setdefault(item, {})
-            for site, (kept, total) in sites.items():
-                before = mine.get(site, (0, 0))
-                mine[site] = (before[0] + kept, before[1] + total)
+        add_items(self.per_item, per_item)
 
     def steps(self) -> pa.Table:
         """Return the step records; their order depends on their keys alone."""
         table = self._summed()
-        ranks = {name: _ranks(table[name].to_pylist(), _ORDER.get(name)) for name in _KEYS}
+        ranks = {name: _ranks(table[name].to_pylist(), _ORDER.get(name)) for name in KEYS}
         places = pa.table({**ranks, "place": pa.array(range(len(table)), pa.int64())}).sort_by(
-            [(name, "ascending") for name in _KEYS]
+            [(name, "ascending") for name in KEYS]
         )
         return table.take(places["place"])
 
     def _summed(self) -> pa.Table:
         table = pa.concat_tables(self._tables)
-        counts = [name for name in table.column_names if name not in _KEYS]
-        summed = table.group_by(list(_KEYS), use_threads=False).aggregate([(name, "sum") for name in counts])
-        columns = {name: summed[name if name in _KEYS else f"{name}_sum"] for name in table.column_names}
+        counts = [name for name in table.column_names if name not in KEYS]
+        summed = table.group_by(list(KEYS), use_threads=False).aggregate([(name, "sum") for name in counts])
+        columns = {name: summed[name if name in KEYS else f"{name}_sum"] for name in table.column_names}
         return pa.table(columns).cast(table.schema)
 
 

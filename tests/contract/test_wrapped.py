@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from tiny_experts import tiny_moe
-from tiny_families import LAYERS, VOCAB, WIDTH, hooks
+from tiny_families import LAYERS, VOCAB, WIDTH, diffusion_gemma, hooks
 from torch import nn
 
 from dllm_sparsity.errors import UserError
@@ -174,40 +174,6 @@ def test_gemma3_with_images_is_counted_where_it_reads_text() -> None:
     names = [ffn.name for ffn in find_ffns(model)]
     assert names == [f"model.language_model.layers.{n}.mlp" for n in range(LAYERS)]
     check(model)
-
-
-def diffusion_gemma() -> nn.Module:
-    import transformers as hf
-
-    text = {
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        "sliding_window": 16,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "global_head_dim": 8,
-        "num_experts": 4,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 16,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 8,
-    }
-    ids = {"image_token_id": 99, "boi_token_id": 98, "eoi_token_id": 97}
-    config = hf.DiffusionGemmaConfig(text_config=text, vision_config=vision, canvas_length=8, **ids)
-    torch.manual_seed(0)
-    return tiny.randomize(hf.DiffusionGemmaForBlockDiffusion(config), std=0.4)
 
 
 def test_diffusion_gemma() -> None:

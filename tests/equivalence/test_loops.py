@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from loop_log import Listener, Log, expected
+from tiny_families import diffusion_gemma
 
 from dllm_sparsity import TopP, observe, sparsify
 from dllm_sparsity.sparsity.clock import TokenState
@@ -186,7 +187,7 @@ def test_a_loop_gives_the_same_tokens_when_observed(name):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_diffusion_gemma_without_a_mask_token(cache):
-    model, listener, prompt = loop_models.diffusion_gemma(), Listener(), PROMPTS
+    model, listener, prompt = diffusion_gemma(), Listener(), PROMPTS
     seen, handles = [], []
     for side, stack in (("encode", model.model.encoder.language_model), ("denoise", model.model.decoder)):
         mlp = stack.layers[-1].mlp.down_proj
