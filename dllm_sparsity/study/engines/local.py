@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import environment
+from dllm_sparsity.study.attached import LocalHost
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
 from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint
@@ -114,11 +115,10 @@ class _Runner:
         self.config, self.rundir, self.described = config, rundir, described
         self.progress, self.planner = progress, planner
         self.planned: dict[str, dict[str, Any]] = {}
-        self.lm: Any = None
-        self.model: dict[str, Any] = {}
+        self.host: LocalHost | None = None
 
     def forget(self) -> None:
-        self.lm = None
+        self.host = None
 
     def plan(self, jobs: list[Job]) -> None:
         """Write down what belongs to this study; what is not in the plan is not part of the report."""
@@ -129,15 +129,12 @@ class _Runner:
 
     def run(self, job: Job) -> None:
         with quiet(self.rundir.log):
-            if self.lm is None:
-                self.lm = open_backend(job.cell.model, self.config.device, self.config.seed)
-                self.lm.progress = self.progress.share
-                weights = self.planner.weights[job.cell.model]
-                self.model = environment.describe_model(self.lm, job.cell.model, weights)
+            if self.host is None:
+                self.host = LocalHost(open_backend(job.cell.model, self.config.device, self.config.seed))
+                self.host.lm.progress = self.progress.share
         self.progress.cell(job.cell.title, job.cost)
-        described = {**self.described, "model": self.model}
         with quiet(self.rundir.log):
-            run_cell(job.cell, job.task, self.lm, job.fingerprint, job.parts, described, self.rundir)
+            run_cell(job.cell, job.task, self.host, job.fingerprint, job.parts, self.described, self.rundir)
 
     def drive(self, search: Generator[Cell, Path, None], task: LoadedTask) -> None:
         """Give a search the cells it asks for: sealed ones from disk."""
