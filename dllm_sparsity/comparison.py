@@ -14,6 +14,7 @@ from dllm_sparsity.analysis.search import LADDER, Limits, Search, boundaries
 from dllm_sparsity.analysis.searched import SearchedCurve, averages, open_cell
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec, build_config, read_config
+from dllm_sparsity.study.engines import Engine
 from dllm_sparsity.study.plan import Cell, block_cell, with_block
 from dllm_sparsity.study.rundir import writing
 
@@ -55,6 +56,7 @@ def compare(
     config: StudyConfig | Mapping[str, Any] | str | Path | None = None,
     out: str | Path | None = None,
     progress: Any = None,
+    engine: str | Engine = "local",
 ) -> Comparison:
     """Compare the activation sparsity of autoregressive and diffusion language models.
 
@@ -62,6 +64,7 @@ def compare(
         config: A study, its fields, or its YAML file; None runs the embedded study.
         out: The run directory; `runs/<name>` when None. The same directory continues where an earlier run stopped.
         progress: Told what happens; nothing is shown when None.
+        engine: Who does the work: `local`, `ray`, `ray://HOST:PORT`, `slurm`, or an `Engine`.
 
     Returns:
         Where everything is, and the summary.
@@ -73,12 +76,13 @@ def compare(
         >>> compare().table()  # doctest: +SKIP
     """
     from dllm_sparsity.report import write_report
-    from dllm_sparsity.study.engines.local import run_study
+    from dllm_sparsity.study.engines.runner import run_study
 
     study = as_config(config)
     place = Path(out) if out is not None else Path("runs") / study.name
     searches = Searches(study) if study.search is not None else None
-    with run_study(study, place, progress or _Silent(), searches) as rundir:
+    who = Engine.parse(engine) if isinstance(engine, str) else engine
+    with run_study(study, place, progress or _Silent(), searches, who) as rundir:
         if searches is not None:
             searches.write(rundir.path)
         report = write_report(rundir.path)

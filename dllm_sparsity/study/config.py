@@ -27,6 +27,8 @@ class ModelConfig(_Frozen):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """How accelerate spreads a model over several GPUs, where it is too large for one."""
     batch_size: int = Field(default=16, ge=1)
     max_length: int | None = Field(default=None, ge=2)
     mask_token: str | int | None = None

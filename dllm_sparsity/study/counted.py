@@ -86,7 +86,7 @@ class Here:
     @property
     def checked(self) -> bool:
         """Whether the tracker saw every site at work in its dry run."""
-        return self.tracker._checked
+        return self.tracker.checked
 
     def counted(self, works: Sequence[tuple[int, Work]], compute: Compute) -> Iterator[tuple[int, Counted]]:
         """Yield each batch, one after another.

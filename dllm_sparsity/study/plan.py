@@ -132,8 +132,10 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
     if cell.task.mc is not None:
         model["mc"] = cell.task.mc
     if cell.model.paradigm == "autoregressive":
-        only = ("paradigm", "revision", "trust_remote_code", "dtype", "batch_size", "max_length")
+        only = ("paradigm", "revision", "trust_remote_code", "dtype", "device_map", "batch_size", "max_length")
         model = {name: model[name] for name in only}
+    if model.get("device_map") is None:
+        model.pop("device_map", None)  # of no account where it is not given
     rule = None
     if cell.rule is not None:
         rule = {

@@ -193,7 +193,7 @@ def run_batches(model, path, upto, fingerprint="cell", keep_last=True, computed=
     """Answer the first batches as a backend does; return answers, journal and what it sums up to."""
     clock, works = Clock(), [work(key) for key in keys[:upto]]
     with sparsify(model, TopP(0.7), "all", clock=clock) as tracker:
-        tracker._checked = keep_last
+        tracker.checked = keep_last
         journal = CellJournal(path, fingerprint, Here(tracker))
 
         def compute(asked):
