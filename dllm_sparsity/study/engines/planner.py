@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_sparsity import registry
 from dllm_sparsity.study import environment
-from dllm_sparsity.study.config import StudyConfig, TaskSpec
+from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
 from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
@@ -75,17 +75,17 @@ class Planner:
                 jobs.setdefault(job.fingerprint, job)
         return list(jobs.values())
 
-    def pairs(self) -> list[tuple[TaskSpec, LoadedTask]]:
-        """Return each task as the user gave it, with what it stands for."""
-        return [(spec, task) for spec in self.config.tasks for task in self.tasks[spec]]
+    def pairs(self) -> list[tuple[ModelConfig, TaskSpec, LoadedTask]]:
+        """Return each model with each task, as the user gave it and loaded."""
+        return [
+            (model, spec, task)
+            for model in self.config.models
+            for spec in self.config.tasks
+            for task in self.tasks[spec]
+        ]
 
     def search_cost(self) -> float:
         """Guess what all searches cost: about four times the items of each curve."""
         curves = [(rule, site) for rule in self.config.rules for site in rule.sites]
-        dense = [
-            self.job(Cell(model, spec, None, None, None, ()), task).cost
-            for model in self.config.models
-            for spec, tasks in self.tasks.items()
-            for task in tasks
-        ]
+        dense = [self.job(Cell(model, spec, None, None, None, ()), task).cost for model, spec, task in self.pairs()]
         return 4 * len(curves) * sum(dense)

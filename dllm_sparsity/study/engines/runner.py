@@ -11,7 +11,7 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.attached import Host, LocalHost
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
-from dllm_sparsity.study.engines import Engine
+from dllm_sparsity.study.engines import Engine, slurm
 from dllm_sparsity.study.engines.planner import Job, Planner
 from dllm_sparsity.study.engines.pool import Pool, PoolHost
 from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
@@ -50,10 +50,12 @@ class Share:
     Args:
         number: Of the part, from 0.
         parts: How many there are.
+        sealed: Fingerprints of cells that are sealed elsewhere.
     """
 
     number: int = 0
     parts: int = 1
+    sealed: frozenset[str] = frozenset()
 
     def of(self, work: Sequence[_T]) -> list[_T]:
         """Return this part of a list: neighbours stay together, so that few models are loaded.
@@ -95,23 +97,33 @@ def run_study(
             described = environment.describe(choose_device(config.device), config.seed)
             if pool is not None:
                 described |= _same_packages(pool.describe(), described) | {"workers": len(pool)}
+            elif engine.kind == "slurm":
+                described["device"] = slurm.device_of(engine, config.device)
             planner = Planner(config, described["device"].partition(":")[0])
-            jobs = share.of(planner.all())
-        runner = _Runner(config, rundir, described, progress, planner, pool)
+            jobs = [job for job in share.of(planner.all()) if job.fingerprint not in share.sealed]
+        runner = _Runner(config, rundir, described, progress, planner, engine, pool)
         runner.plan(jobs)
+        pairs = [] if searches is None else share.of(planner.pairs())
+        if engine.kind == "slurm":
+            slurm.take_over(rundir)
         open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
         total = sum(job.cost for job in jobs)
-        expected = planner.search_cost() if searches is not None else 0.0
+        expected = planner.search_cost() if pairs else 0.0
         progress.start(total + expected, total - sum(job.cost for job in open_jobs))
+        if engine.kind == "slurm" and (open_jobs or pairs):
+            progress.cell("SLURM", total + expected)
+            asked = config.model_copy(update={"device": described["device"]})
+            with quiet(rundir.log):
+                slurm.run(asked, rundir, searches, engine, max(len(jobs), len(pairs)), progress.share)
+            open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
         for model in config.models:
             runner.forget()
             for job in open_jobs:
                 if job.cell.model == model:
                     runner.run(job)
-            if searches is not None:
-                for spec, task in share.of(planner.pairs()):
-                    for search in searches(model, spec, task):
-                        runner.drive(search, task)
+            for spec, task in (pair[1:] for pair in pairs if pair[0] == model):
+                for search in searches(model, spec, task) if searches is not None else ():
+                    runner.drive(search, task)
         return rundir
     except BaseException:
         if rundir is not None:
@@ -135,10 +147,11 @@ class _Runner:
         described: dict[str, Any],
         progress: Progress,
         planner: Planner,
+        engine: Engine,
         pool: Pool | None,
     ) -> None:
         self.config, self.rundir, self.described = config, rundir, described
-        self.progress, self.planner, self.pool = progress, planner, pool
+        self.progress, self.planner, self.engine, self.pool = progress, planner, engine, pool
         self.planned: dict[str, dict[str, Any]] = {}
         self.host: Host | None = None
 
@@ -162,6 +175,8 @@ class _Runner:
             run_cell(job.cell, job.task, self.host, job.fingerprint, job.parts, self.described, self.rundir)
 
     def _open(self, model: ModelConfig) -> Host:
+        if self.engine.kind == "slurm":
+            raise UserError("a cell was not sealed by its job", "the same command submits it again")
         if self.pool is None:
             return LocalHost(open_backend(model, self.config.device, self.config.seed))
         return PoolHost(self.pool, open_backend(model, "meta", self.config.seed))
