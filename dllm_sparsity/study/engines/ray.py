@@ -37,7 +37,8 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
             where = engine.address or os.environ.get("RAY_ADDRESS") or "this machine"
             why = " ".join(str(error).split())[:160]
             raise UserError(
-                f"no Ray cluster at {where}: {why}", "start one with: ray start --head; or use --engine local"
+                f"no Ray cluster at {where}: {why}",
+                "ray start --head starts one; a cluster with tokens needs RAY_AUTH_MODE=token; or use --engine local",
             ) from error
     try:
         resources = _resources(ray, engine, device)
@@ -52,7 +53,12 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
         return _Remote(ray, actor.remote(kind, None if needs["num_gpus"] else int(needs["num_cpus"])))
 
     died = (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError)
-    return _RayPool(start, size, died, seed, ray if started else None)
+    try:
+        return _RayPool(start, size, died, seed, ray if started else None)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the cluster's machines have no module {error.name}", "install dllm-sparsity on each, in the same version"
+        ) from error
 
 
 def _resources(ray: Any, engine: Engine, device: str) -> tuple[int, dict[str, Any], str]:

@@ -112,7 +112,11 @@ def start(log: str, gpus: str | None, device: str, threads: int | None) -> None:
     """
     global _worker
     import signal
+    import threading
 
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and left behind by one that is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that plans; it ends this one
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
