@@ -98,6 +98,7 @@ def _order(cell: Cell) -> tuple[Any, ...]:
     return (
         *names,
         not record["dense"],
+        record.get("replicate", 0),
         record["rule"] or "",
         record["site"] or "",
         strength,

@@ -57,7 +57,8 @@ class Cell:
     def label(self) -> str:
         """Return the setting in words: `dense`, or the rule, its strength and the site."""
         if self.record["dense"]:
-            return "dense, run again" if self.record.get("replicate") else "dense"
+            again = self.record.get("replicate")
+            return f"dense, run {again + 1}" if again else "dense"
         strength = "" if self.record["strength"] is None else f" {self.record['strength']:g}"
         return f"{self.record['rule']}{strength}, {self.record['site']}"
 
@@ -142,7 +143,8 @@ def _order(cell: Cell) -> tuple[Any, ...]:
     record = cell.record
     strength = record["strength"] if record["strength"] is not None else 0.0
     site, rule = record["site"] or "", record["rule"] or ""
-    return record["paradigm"], record["model"], record["task"], not record["dense"], rule, site, strength, cell.folder
+    names = (record["paradigm"], record["model"], record["task"])
+    return *names, not record["dense"], record.get("replicate", 0), rule, site, strength, cell.folder
 
 
 def _text(path: Path) -> str:

@@ -173,7 +173,8 @@ def _cell(cell: Cell) -> dict[str, Any]:
         for site, counts in sites.items()
         if isinstance(counts, dict) and counts.get("total") and "kept" in counts
     }
-    return {**_identity(cell), **{name: record[name] for name in names}, "achieved": achieved, **_cost(cell)}
+    told = {**{name: record[name] for name in names}, "replicate": record.get("replicate", 0), "achieved": achieved}
+    return {**_identity(cell), **told, **_cost(cell)}
 
 
 def _counts(run: Run) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
 
 SIGNIFICANCE = 0.05
 FEW_GROUPS = 20
+_SMALLEST_TOLD = 1e-6  # of a difference with fixed digits
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ def _group_notes(task: str, count: int) -> list[str]:
 
 def _noise_note(curve: Curve, noise: NoiseFloor) -> str:
     record, kind = curve.group.dense.record, curve.quality["kind"]
-    moved = f"moves {curve.quality['name']} by up to {amount(noise.floor, kind)}" if noise.changed else "moves nothing"
+    size = amount(noise.floor, kind) if noise.floor >= _SMALLEST_TOLD else f"{noise.floor:.1g}{unit(kind)}"
+    name = curve.quality["name"]
+    moved = f"moves {name} by up to {size}" if noise.changed else f"does not move {name}"
     return (
         f"dense run again in another batch order {moved} on {record['task']}, {record['model']}"
         f" ({noise.changed} of {noise.items} items change)"

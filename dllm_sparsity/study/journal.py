@@ -130,6 +130,11 @@ class CellJournal:
         self._sums.add(collect.step_table(rest.columns), rest.per_item)
         return self._sums.steps(), self._sums.per_item, rest.notes
 
+    @property
+    def batches(self) -> int:
+        """Number of batches that were answered."""
+        return self._place - 1
+
     def close(self) -> None:
         """Close the file; it stays until the cell is sealed."""
         self._file.close()

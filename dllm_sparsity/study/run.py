@@ -115,6 +115,10 @@ def run_cell(
         "environment": {**environment, "data": describe_data(task.task, samples["prompt_hash"].to_pylist())},
         "notes": [*notes, *getattr(lm.model, "shims", ())],
     }
+    if cell.replicate:
+        record["replicate"] = cell.replicate
+        if journal.batches < 2:
+            record["notes"].append(f"{task.name} on {cell.model.name} is one batch: run again it is the same batch")
     rundir.seal(fingerprint, dict(record), samples, steps)
 
 
@@ -138,7 +142,12 @@ def _named(samples: pa.Table, chosen: list[int] | None) -> pa.Table:
 @contextmanager
 def _set_up(lm: Any, cell: Cell, task: LoadedTask) -> Iterator[None]:
     """Set a backend up for one cell, and leave it as it was: no cell knows what ran before it."""
+    if cell.replicate and not hasattr(lm, "order_seed"):
+        raise UserError(
+            f"backend {cell.model.paradigm} cannot batch its requests in another order", "leave out replicates"
+        )
     lm.log.clear()
+    lm.order_seed = cell.replicate or None
     lm.check_greedy = needs_greedy(task.task)
     mc, notes, refused = getattr(lm, "mc", None), len(lm.clock.notes), lm.clock.overlap_refused
     if cell.task.mc is not None and mc is not None:
@@ -146,7 +155,7 @@ def _set_up(lm: Any, cell: Cell, task: LoadedTask) -> Iterator[None]:
     try:
         yield
     finally:
-        lm.journal = None
+        lm.journal = lm.order_seed = None
         if mc is not None:
             lm.mc = mc
         del lm.clock.notes[notes:]
