@@ -18,6 +18,7 @@ from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
 from dllm_sparsity.analysis.verdicts import Judged, Verdict, judge
 
 SUMMARY_VERSION = 1
+_DAMAGED_TOLD = 20
 
 
 def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
@@ -182,6 +183,7 @@ def _counts(run: Run) -> dict[str, Any]:
     return {
         "cells": len(records),
         "unsealed": run.unsealed,
+        "damaged": len(run.damaged),
         "items": sum(record["items"] for record in records),
         **{f"{name}s": sorted({record[name] for record in records}) for name in ("paradigm", "model", "task")},
     }
@@ -189,7 +191,9 @@ def _counts(run: Run) -> dict[str, Any]:
 
 def _notes(run: Run) -> list[str]:
     records: Sequence[Any] = [cell.record for cell in run.cells]
-    notes = []
+    notes = [f"left out, and computed again by dllm-sparsity compare: {each}" for each in run.damaged[:_DAMAGED_TOLD]]
+    if len(run.damaged) > _DAMAGED_TOLD:
+        notes.append(f"{len(run.damaged) - _DAMAGED_TOLD} more cells are damaged and left out")
     if any(record["simulated"] for record in records if not record["dense"]):
         notes.append("no speed-up was measured; masks were simulated: the zeros were multiplied like any other number")
     for estimator in sorted(
