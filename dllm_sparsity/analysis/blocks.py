@@ -53,7 +53,7 @@ def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
         if is_block(cell):
             grouped.setdefault(_setting(cell), []).append(cell)
     found = [_join(group) for group in grouped.values()]
-    dense = {_place(cell) for cell in whole if cell.record["dense"]}
+    dense = {_place(cell) for cell in whole if cell.record["dense"] and not cell.record.get("replicate")}
     needed = {_curve(answer): answer["items"] for answer in sorted(answers, key=lambda own: -own["items"])}
     most: dict[str, int] = {}
     for cell in found:
@@ -116,7 +116,7 @@ def _added(totals: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _with_answers(cell: Cell, answers: Sequence[Answer]) -> Cell:
-    if not cell.record["dense"]:
+    if not cell.record["dense"] or cell.record.get("replicate"):
         return cell
     own = tuple(answer for answer in answers if _place(cell) == tuple(answer[name] for name in _PLACE))
     return replace(cell, searches=own) if own else cell

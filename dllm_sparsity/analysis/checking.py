@@ -99,6 +99,9 @@ def read_record(path: Path) -> CellRecord:
         raise damaged(path, f"it belongs to cell {record['fingerprint'][:40]}")
     if not record["dense"] and (record["site"] is None or record["rule"] is None):
         raise damaged(path, "a cell with a rule needs its rule and its site")
+    again = record.get("replicate", 1)
+    if type(again) is not int or again < 1 or ("replicate" in record and not record["dense"]):
+        raise damaged(path, "replicate is not the number of a further dense run")
     sites = record["totals"].get("sites", {})
     counts = list(sites.values()) if isinstance(sites, dict) else [None]
     if not all(isinstance(own, dict) and all(isinstance(value, _NUMBER) for value in own.values()) for own in counts):

@@ -47,7 +47,7 @@ def comparisons(curves: Sequence[Curve], retentions: Sequence[float] = RETENTION
     """
     found = []
     for first, second in _twins(curves):
-        paired = first.keys == second.keys
+        paired = first.keys == second.keys and _same(first.clusters, second.clusters)
         for retention in retentions:
             one, two = first.reading(retention=retention), second.reading(retention=retention)
             if one.value is None or two.value is None:
@@ -66,6 +66,10 @@ def comparisons(curves: Sequence[Curve], retentions: Sequence[float] = RETENTION
                 )
             )
     return found
+
+
+def _same(one: np.ndarray | None, two: np.ndarray | None) -> bool:
+    return one is two if one is None or two is None else np.array_equal(one, two)
 
 
 def _drawn(reading: Reading, paired: bool) -> np.ndarray:

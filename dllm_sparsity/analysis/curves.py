@@ -15,13 +15,14 @@ from dllm_sparsity.analysis.blocks import answers_of, is_block
 from dllm_sparsity.analysis.flops import ffn_flops_saved
 from dllm_sparsity.analysis.grouping import Group, groups_of
 from dllm_sparsity.analysis.loading import Cell
-from dllm_sparsity.analysis.pairing import Key, pair
+from dllm_sparsity.analysis.pairing import Key, item_groups, pair
 from dllm_sparsity.analysis.qualities import SCALES, Pairs, Scale, numbers, pairs
 from dllm_sparsity.analysis.statistics import (
     DRAWS,
     SEED,
     above_chance,
     mcnemar_exact,
+    paired_error,
     percentile_interval,
     resampled_sums,
     smallest_detectable,
@@ -64,13 +65,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class Curve:
-    """Quality against achieved sparsity for one model, task, rule and site."""
+    """Quality against achieved sparsity for one model, task, rule and site.
+
+    Intervals draw whole `clusters` of items: the number of each item's, None where items stand alone.
+    """
 
     group: Group
     quality: Quality
     keys: tuple[Key, ...]
     points: tuple[Point, ...]
     readings: tuple[Reading, ...]
+    clusters: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def scale(self) -> Scale:
@@ -125,7 +130,8 @@ def curves_of(cells: Sequence[Cell], draws: int = DRAWS, seed: int = SEED) -> tu
             keys = tuple(key for key, kept in zip(paired.keys, counted, strict=True) if kept)
             chosen = [(top[counted], bottom[counted]) for top, bottom in values]
             sums = [(kept[counted], total[counted]) for kept, total in sites]
-            curves.append(_curve(group, quality, keys, chosen, sums, flops, draws, seed))
+            clusters = item_groups(paired.tables[0].filter(pa.array(counted)))
+            curves.append(_curve(group, quality, keys, chosen, sums, flops, draws, seed, clusters))
     return curves, list(dict.fromkeys(notes))
 
 
@@ -172,11 +178,13 @@ def _curve(
     flops: list[float | None],
     draws: int,
     seed: int,
+    clusters: np.ndarray | None,
 ) -> Curve:
     scale = SCALES[quality["kind"]]
     columns = np.stack([np.stack([*value, *site]) for value, site in zip(values, sites, strict=True)])
     flat = columns.reshape(-1, columns.shape[-1]).T
-    sums = np.concatenate([flat.sum(0)[None], resampled_sums(flat, draws, seed)]).reshape(draws + 1, len(values), 4)
+    drawn = resampled_sums(flat, draws, seed, clusters)
+    sums = np.concatenate([flat.sum(0)[None], drawn]).reshape(draws + 1, len(values), 4)
     with np.errstate(invalid="ignore", divide="ignore"):
         measured, sparsity = sums[..., 0] / sums[..., 1], 1 - sums[..., 2] / sums[..., 3]
     retained = scale.retention(measured, measured[:, :1])
@@ -193,15 +201,15 @@ def _curve(
             difference=float(measured[0, i] - measured[0, 0]),
             difference_interval=percentile_interval(measured[1:, i] - measured[1:, 0]),
             smallest_detectable=smallest_detectable(float(np.nanstd(measured[1:, i] - measured[1:, 0]))),
-            mcnemar_p=_mcnemar(quality, values[0][0], values[i][0]) if i else None,
+            mcnemar_p=_mcnemar(quality, values[0][0], values[i][0]) if i and clusters is None else None,
         )
         for i, cell in enumerate(_cells(group))
     ]
-    reason = _no_reading(quality, float(measured[0, 0]), len(keys))
+    reason = _no_reading(quality, float(measured[0, 0]), values[0], clusters)
     readings = _readings(sparsity, scale.sign * measured, scale.logarithmic, reason)
     readings = _searched(readings, group, quality, reason, draws, seed)
     ordered = [points[0], *sorted(points[1:], key=lambda point: point.sparsity)]
-    return Curve(group, quality, keys, tuple(ordered), tuple(readings))
+    return Curve(group, quality, keys, tuple(ordered), tuple(readings), clusters)
 
 
 def _mcnemar(quality: Quality, dense: np.ndarray, sparse: np.ndarray) -> float | None:
@@ -210,13 +218,18 @@ def _mcnemar(quality: Quality, dense: np.ndarray, sparse: np.ndarray) -> float |
     return mcnemar_exact(int((dense > sparse).sum()), int((dense < sparse).sum()))
 
 
-def _no_reading(quality: Quality, dense: float, items: int) -> str | None:
+def _no_reading(quality: Quality, dense: float, values: Pairs, clusters: np.ndarray | None) -> str | None:
     """Return why there is no critical sparsity on this quality, or None where there is one."""
+    items, chance = len(values[0]), quality["chance"] or 0.0
     if not math.isfinite(dense):
         return "the dense quality is not a number"
-    if quality["kind"] == "accuracy" and not above_chance(dense, items, quality["chance"] or 0.0):
-        chance = quality["chance"] or 0.0
-        return f"dense accuracy {dense:.1%} is not two standard errors above chance ({chance:.1%}, n={items})"
+    if clusters is None:
+        is_above, count = above_chance(dense, items, chance), f"n={items}"
+    else:
+        is_above = dense - chance > 2 * paired_error(values, (np.zeros(items), np.ones(items)), clusters)
+        count = f"n={items} in {int(clusters.max()) + 1} groups"
+    if quality["kind"] == "accuracy" and not is_above:
+        return f"dense accuracy {dense:.1%} is not two standard errors above chance ({chance:.1%}, {count})"
     if not SCALES[quality["kind"]].logarithmic and dense <= 0:
         return f"the dense score is {dense:g}: a share of it means nothing"
     return None

@@ -35,6 +35,7 @@ def join(runs: Sequence[Run], path: Path) -> Run:
         path=path,
         cells=tuple(sorted(kept.values(), key=_order)),
         unsealed=sum(run.unsealed for run in runs),
+        damaged=tuple(f"{run.name}, {each}" for run in runs for each in run.damaged),
         config="\n".join(f"# {run.name}\n{run.config.strip()}\n" for run in runs),
         environment=first.environment,
     )
@@ -98,6 +99,7 @@ def _order(cell: Cell) -> tuple[Any, ...]:
     return (
         *names,
         not record["dense"],
+        record.get("replicate", 0),
         record["rule"] or "",
         record["site"] or "",
         strength,

@@ -18,6 +18,7 @@ from dllm_sparsity.study.records import (
     SAMPLE_COLUMNS,
     STEP_COLUMNS,
     CellRecord,
+    find_damage,
 )
 
 LARGEST_TEXT = 200_000
@@ -57,7 +58,8 @@ class Cell:
     def label(self) -> str:
         """Return the setting in words: `dense`, or the rule, its strength and the site."""
         if self.record["dense"]:
-            return "dense, run again" if self.record.get("replicate") else "dense"
+            again = self.record.get("replicate")
+            return f"dense, run {again + 1}" if again else "dense"
         strength = "" if self.record["strength"] is None else f" {self.record['strength']:g}"
         return f"{self.record['rule']}{strength}, {self.record['site']}"
 
@@ -70,6 +72,7 @@ class Run:
         path: The directory.
         cells: Its sealed cells, ordered by paradigm, model, task, site and strength.
         unsealed: Number of cell folders without DONE; they are not counted anywhere.
+        damaged: Each cell whose files are not those that were sealed, and what is wrong; they are not counted either.
         config: The text of config.yaml; empty when there is none.
         plan: What plan.json holds, or None.
         environment: What environment.json holds, or None.
@@ -79,6 +82,7 @@ class Run:
     path: Path
     cells: tuple[Cell, ...]
     unsealed: int = 0
+    damaged: tuple[str, ...] = ()
     config: str = ""
     plan: Any = None
     environment: Any = field(default=None)
@@ -91,13 +95,13 @@ class Run:
 
 
 def load(run_dir: str | Path) -> Run:
-    """Load the sealed cells of a run directory.
+    """Load the sealed cells of a run directory; those with damaged files are named and left out.
 
     Args:
         run_dir: Directory that holds `cells/`.
 
     Raises:
-        UserError: It is no run directory, holds no sealed cell, or a sealed file is damaged.
+        UserError: It is no run directory, holds no whole cell, or a sealed file is of another schema.
     """
     path = Path(run_dir).resolve()
     folders = sorted(entry for entry in (path / "cells").glob("[!.]*") if entry.is_dir())
@@ -112,16 +116,22 @@ def load(run_dir: str | Path) -> Run:
             f"{run_dir} has {len(planned or folders)} cells and none is finished",
             "run dllm-sparsity compare again, it resumes",
         )
+    found, damaged = _whole(sealed, _titles(plan))
+    if not found:
+        raise UserError(
+            f"the files of all {len(damaged)} finished cells of {run_dir} are damaged; the first is {damaged[0]}",
+            "run dllm-sparsity compare again: it computes damaged cells anew",
+        )
     from dllm_sparsity.analysis.blocks import joined
 
     search = _maybe_json(path / "search.json")
     answers = search.get("curves", []) if isinstance(search, dict) else []
-    found = [Cell(folder, read_record(folder / "cell.json")) for folder in sealed]
     cells = sorted(joined(found, answers), key=_order)
     return Run(
         path=path,
         cells=tuple(cells),
         unsealed=len(planned or folders) - len(sealed),
+        damaged=tuple(damaged),
         config=_text(path / "config.yaml"),
         plan=plan,
         environment=_maybe_json(path / "environment.json"),
@@ -131,18 +141,37 @@ def load(run_dir: str | Path) -> Run:
 
 def _planned(plan: Any) -> set[str] | None:
     """Return the fingerprints of a plan, or None where there is no plan to go by."""
-    if not isinstance(plan, list):
-        return None
+    return set(_titles(plan)) if isinstance(plan, list) else None
+
+
+def _titles(plan: Any) -> dict[str, str]:
+    entries = [entry for entry in plan if isinstance(entry, dict)] if isinstance(plan, list) else []
     return {
-        entry["fingerprint"] for entry in plan if isinstance(entry, dict) and isinstance(entry.get("fingerprint"), str)
+        entry["fingerprint"]: str(entry.get("title", ""))
+        for entry in entries
+        if isinstance(entry.get("fingerprint"), str)
     }
+
+
+def _whole(folders: list[Path], titles: dict[str, str]) -> tuple[list[Cell], list[str]]:
+    """Return the cells whose files have the checksums that they were sealed with, and what is wrong with the others."""
+    found, damaged = [], []
+    for folder in folders:
+        damage = find_damage(folder)
+        if damage is None:
+            found.append(Cell(folder, read_record(folder / "cell.json")))
+        else:
+            title = titles.get(folder.name)
+            damaged.append(f"cell {folder.name}{f' ({title})' if title else ''}: {damage}")
+    return found, damaged
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
     record = cell.record
     strength = record["strength"] if record["strength"] is not None else 0.0
     site, rule = record["site"] or "", record["rule"] or ""
-    return record["paradigm"], record["model"], record["task"], not record["dense"], rule, site, strength, cell.folder
+    names = (record["paradigm"], record["model"], record["task"])
+    return *names, not record["dense"], record.get("replicate", 0), rule, site, strength, cell.folder
 
 
 def _text(path: Path) -> str:

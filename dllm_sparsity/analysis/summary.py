@@ -18,6 +18,7 @@ from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
 from dllm_sparsity.analysis.verdicts import Judged, Verdict, judge
 
 SUMMARY_VERSION = 1
+_DAMAGED_TOLD = 20
 
 
 def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
@@ -173,7 +174,8 @@ def _cell(cell: Cell) -> dict[str, Any]:
         for site, counts in sites.items()
         if isinstance(counts, dict) and counts.get("total") and "kept" in counts
     }
-    return {**_identity(cell), **{name: record[name] for name in names}, "achieved": achieved, **_cost(cell)}
+    told = {**{name: record[name] for name in names}, "replicate": record.get("replicate", 0), "achieved": achieved}
+    return {**_identity(cell), **told, **_cost(cell)}
 
 
 def _counts(run: Run) -> dict[str, Any]:
@@ -181,6 +183,7 @@ def _counts(run: Run) -> dict[str, Any]:
     return {
         "cells": len(records),
         "unsealed": run.unsealed,
+        "damaged": len(run.damaged),
         "items": sum(record["items"] for record in records),
         **{f"{name}s": sorted({record[name] for record in records}) for name in ("paradigm", "model", "task")},
     }
@@ -188,7 +191,9 @@ def _counts(run: Run) -> dict[str, Any]:
 
 def _notes(run: Run) -> list[str]:
     records: Sequence[Any] = [cell.record for cell in run.cells]
-    notes = []
+    notes = [f"left out, and computed again by dllm-sparsity compare: {each}" for each in run.damaged[:_DAMAGED_TOLD]]
+    if len(run.damaged) > _DAMAGED_TOLD:
+        notes.append(f"{len(run.damaged) - _DAMAGED_TOLD} more cells are damaged and left out")
     if any(record["simulated"] for record in records if not record["dense"]):
         notes.append("no speed-up was measured; masks were simulated: the zeros were multiplied like any other number")
     for estimator in sorted(

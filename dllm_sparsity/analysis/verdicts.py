@@ -20,6 +20,7 @@ from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
 
 SIGNIFICANCE = 0.05
 FEW_GROUPS = 20
+_SMALLEST_TOLD = 1e-6  # of a difference with fixed digits
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,15 @@ def _tests(curves: Sequence[Curve], draws: int, seed: int) -> tuple[list[list[Pa
         tests = dict(zip(map(id, group.cells), paired_tests(dense, others, groups, draws, seed), strict=True))
         found.append([tests.get(id(point.cell)) for point in curve.points])
         if groups is not None:
-            notes += _group_notes(group.dense.record["task"], int(groups.max()) + 1)
+            notes += _group_notes(group.dense, int(groups.max()) + 1)
     return found, notes
 
 
-def _group_notes(task: str, count: int) -> list[str]:
-    notes = [
-        f"the items of {task} fall into {count} groups: differences from dense and their tests are clustered;"
-        " the intervals of qualities and critical sparsities take items as independent"
-    ]
+def _group_notes(dense: Cell, count: int) -> list[str]:
+    task = dense.record["task"]
+    notes = [f"the items of {task} fall into {count} groups: intervals draw whole groups, and tests are clustered"]
+    if dense.searches:
+        notes.append(f"a search on {task} takes its items as independent: its intervals are too narrow for groups")
     if count < FEW_GROUPS:
         notes.append(f"{count} groups in {task} are few: clustered intervals tend to be too narrow")
     return notes
@@ -131,7 +132,9 @@ def _group_notes(task: str, count: int) -> list[str]:
 
 def _noise_note(curve: Curve, noise: NoiseFloor) -> str:
     record, kind = curve.group.dense.record, curve.quality["kind"]
-    moved = f"moves {curve.quality['name']} by up to {amount(noise.floor, kind)}" if noise.changed else "moves nothing"
+    size = amount(noise.floor, kind) if noise.floor >= _SMALLEST_TOLD else f"{noise.floor:.1g}{unit(kind)}"
+    name = curve.quality["name"]
+    moved = f"moves {name} by up to {size}" if noise.changed else f"does not move {name}"
     return (
         f"dense run again in another batch order {moved} on {record['task']}, {record['model']}"
         f" ({noise.changed} of {noise.items} items change)"

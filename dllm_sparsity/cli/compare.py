@@ -48,6 +48,9 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory; runs/<name> when not given.")
 @click.option("--limit", type=click.IntRange(1), help="Items of each task.")
+@click.option(
+    "--replicates", type=click.IntRange(0), metavar="N", help="Dense runs with other batches, for a noise floor."
+)
 @click.option("--device", help="cpu, cuda, cuda:0; a GPU where there is one when not given.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random.")
 @click.option("--engine", default="local", metavar="WHO", help="local, ray, ray://HOST:PORT or slurm.")
@@ -139,7 +142,7 @@ def _study(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
             f"{config} names models, tasks and rules already, and so does --{min(clash)}",
             "give the file or the options",
         )
-    for name in ("device", "seed"):
+    for name in ("device", "seed", "replicates"):
         if name in given:
             study[name] = given[name]
     study["models"] = _models(study["models"], given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from abc import abstractmethod
 from collections import Counter
@@ -49,6 +50,8 @@ class SparsityLM(TextLM):
         self.log: dict[Hashable, ItemLog] = {}
         self.check_greedy = True
         """Whether loglikelihood requests need `is_greedy`; False saves a diffusion model one decoding each."""
+        self.order_seed: int | None = None
+        """Another order of requests, so that others share a batch; None sorts them by length."""
         self.journal: Journal | None = None
         """What remembers answered batches, or has them answered elsewhere; None answers each here."""
         self.progress: Callable[[int, int], None] = lambda done, total: None
@@ -148,7 +151,7 @@ class SparsityLM(TextLM):
                 raise UserError(f"{target.item}: a target longer than the model: {size}", "leave it out of the task")
             if not target.tokens:
                 scores[number] = Score(0.0, True, 0.0, 0)
-        order = [number for number in order if number not in scores]
+        order = self._reordered([number for number in order if number not in scores])
         plan = list(self._batches(order, targets))
         works = [Work([targets[number] for number in numbers], self.check_greedy) for numbers in plan]
         for place, found in answers(self.journal, works, self.compute):
@@ -160,6 +163,11 @@ class SparsityLM(TextLM):
         for number, target in enumerate(targets):
             self._entry(target.item).add(target, scores[number], merge)
         return [scores[number] for number in range(len(targets))]
+
+    def _reordered(self, order: list[int]) -> list[int]:
+        if self.order_seed is not None:
+            random.Random(f"{self.seed} {self.order_seed}").shuffle(order)
+        return order
 
     def _batches(self, order: list[int], targets: list[Target]) -> Iterable[list[int]]:
         return (order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size))
@@ -194,6 +202,7 @@ class SparsityLM(TextLM):
                     f"{length} new tokens do not fit a model of {self.max_length}", "lower max_gen_toks in the task"
                 )
             numbers.sort(key=lambda n: (-len(prompts[n]), requests[n].args[0]))
+            self._reordered(numbers)
             for start in range(0, len(numbers), self.batch_size):
                 chunk = numbers[start : start + self.batch_size]
                 items = [_item(requests[n]) for n in chunk]

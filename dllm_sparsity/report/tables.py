@@ -38,7 +38,7 @@ def tables_of(data: ReportData) -> dict[str, pa.Table]:
             for curve in found["curves"]
             for reading in curve["critical"]
         ),
-        "items": _flat({name: cell[name] for name in (*_CELL, *_COST)} for cell in found["cells"]),
+        "items": _flat({name: cell[name] for name in (*_CELL, "replicate", *_COST)} for cell in found["cells"]),
         "steps": _joined(data, lambda steps: sparsity_by(steps, _STEP)),
         "layers": _joined(data, lambda steps: sparsity_by(counted(steps), ("phase", "layer", "site"))),
         "overlap": _joined(data, _overlap),

@@ -137,7 +137,7 @@ def prepared(lm: Any, setting: Setting) -> Iterator[None]:
     try:
         yield
     finally:
-        lm.journal = None
+        lm.journal = lm.order_seed = None
         if mc is not None:
             lm.mc = mc
         del lm.clock.notes[notes:]

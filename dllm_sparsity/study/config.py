@@ -131,6 +131,8 @@ class StudyConfig(_Frozen):
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     rules: tuple[RuleConfig, ...] = Field(min_length=1)
     search: SearchConfig | None = None
+    replicates: int = Field(default=0, ge=0)
+    """Further dense runs of every model on every task, with other requests in a batch: the noise floor."""
 
     @model_validator(mode="after")
     def _strengths_or_search(self) -> StudyConfig:

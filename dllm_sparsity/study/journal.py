@@ -50,7 +50,7 @@ class CellJournal:
 
     def __init__(self, path: Path, fingerprint: str, source: Source) -> None:
         self._source, self._sums = source, Sums()
-        self.replayed, self.replayed_seconds = 0, 0.0
+        self.batches, self.replayed, self.replayed_seconds = 0, 0, 0.0
         self._notes: dict[str, None] = {}
         self._file = RecordFile(path)
         try:
@@ -134,6 +134,7 @@ class CellJournal:
         self._count(counted)
 
     def _count(self, counted: Counted) -> None:
+        self.batches += counted.answer is not None
         self._sums.add(counted.steps, counted.per_item)
         self._notes |= dict.fromkeys(counted.notes)
         _tell(self._source.clock, counted.notes, counted.overlap_refused)

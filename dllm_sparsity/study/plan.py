@@ -27,6 +27,7 @@ class Cell:
         site: As asked for; None when dense.
         sites: Primitive sites that are recorded.
         block: Start and stop of the items that a search asked for, in its order; None for all items.
+        replicate: Number of a further dense run, whose requests are batched in another order; 0 for the first run.
     """
 
     model: ModelConfig
@@ -36,17 +37,19 @@ class Cell:
     site: str | None
     sites: tuple[str, ...]
     block: tuple[int, int] | None = None
+    replicate: int = 0
 
     @property
     def title(self) -> str:
         """What progress shows."""
         where = "dense" if self.rule is None else f"{self.rule.name} {self.strength:g} {self.site}"
+        where += f", run {self.replicate + 1}" if self.replicate else ""
         items = "" if self.block is None else f" | items {self.block[0]} to {self.block[1]}"
         return f"{self.model.name} | {self.task.name or self.task.text} | {where}{items}"
 
 
 def expand(config: StudyConfig) -> list[Cell]:
-    """Return the cells of a study: for each model and task the dense one, then each rule, site and strength.
+    """Return the cells of a study: for each model and task dense runs, then each rule, site and strength.
 
     Args:
         config: The study.
@@ -56,8 +59,9 @@ def expand(config: StudyConfig) -> list[Cell]:
     cells = []
     for model in config.models:
         for task in config.tasks:
-            if any(rule.strengths for rule in config.rules):
-                cells.append(Cell(model, task, None, None, None, recorded))
+            if config.replicates or any(rule.strengths for rule in config.rules):
+                dense = Cell(model, task, None, None, None, recorded)
+                cells += [replace(dense, replicate=number) for number in range(config.replicates + 1)]
             for rule in config.rules:
                 for site in rule.sites:
                     cells += [Cell(model, task, rule, s, site, _primitive(site)) for s in dict.fromkeys(rule.strengths)]
@@ -145,9 +149,11 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
             "layers": list(cell.rule.layers) if cell.rule.layers is not None else None,
             "parameters": cell.rule.parameters,
         }
-    block = {} if cell.block is None else {"block": list(cell.block)}
+    only_some: dict[str, Any] = {} if cell.block is None else {"block": list(cell.block)}
+    if cell.replicate:
+        only_some["replicate"] = cell.replicate
     return {
-        **block,
+        **only_some,
         "model": model,
         "name": cell.model.name,  # changes no answer, but a sealed cell carries it
         "weights": weights,

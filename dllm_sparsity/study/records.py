@@ -1,12 +1,17 @@
-"""The schema of sealed cells: what steps.parquet, samples.parquet and cell.json hold. Imports no torch."""
+"""The schema of sealed cells: what steps.parquet, samples.parquet, cell.json and DONE hold. Imports no torch."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+SEALED_FILES = ("cell.json", "samples.parquet", "steps.parquet")
+"""What DONE holds the checksums of."""
 NOISE_BINS = 20
 PRIMITIVE_SITES = ("input", "gate", "up", "intermediate")
 EXCLUDED_STATES = ("pad", "after_eos")
@@ -114,3 +119,48 @@ def steps_schema(with_overlap: bool) -> pa.Schema:
 def samples_schema() -> pa.Schema:
     """Return the schema of samples.parquet."""
     return pa.schema(SAMPLE_COLUMNS)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return what DONE holds of a cell: the SHA-256 of each of its files.
+
+    Args:
+        folder: The cell's.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    return {name: _digest(folder / name) for name in SEALED_FILES}
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a cell that has a DONE, or None where its files are those that were sealed.
+
+    Args:
+        folder: The cell's.
+    """
+    sums = _read(folder / "DONE")
+    if not isinstance(sums, dict) or set(sums) != set(SEALED_FILES):
+        return "DONE is damaged"
+    for name in SEALED_FILES:
+        try:
+            if _digest(folder / name) != sums[name]:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    record = _read(folder / "cell.json")
+    if not isinstance(record, dict) or record.get("fingerprint") != folder.name:
+        return "cell.json is of another cell"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None

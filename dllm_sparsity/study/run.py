@@ -45,6 +45,10 @@ def run_cell(
     from lm_eval.evaluator import evaluate
 
     lm, setting = host.lm, Setting.of(cell, parts["seed"])
+    if cell.replicate and not hasattr(lm, "order_seed"):
+        raise UserError(
+            f"backend {cell.model.paradigm} cannot batch its requests in another order", "leave out replicates"
+        )
     layers = cell.rule.layers if cell.rule is not None else None
     task.task.set_fewshot_seed(seed=parts["seed"])  # lm-eval draws on from cell to cell; pairs need the same examples
     chosen = None
@@ -57,6 +61,7 @@ def run_cell(
             closing(CellJournal(rundir.journal_path(fingerprint), fingerprint, source)) as journal,
         ):
             lm.journal, lm.check_greedy = journal, needs_greedy(task.task)
+            lm.order_seed = cell.replicate or None
             results: Any = evaluate(
                 lm,
                 {"tasks": {task.name: task.task}},
@@ -109,6 +114,10 @@ def run_cell(
         },
         "notes": [*notes, *facts.shims],
     }
+    if cell.replicate:
+        record["replicate"] = cell.replicate
+        if journal.batches < 2:
+            record["notes"].append(f"{task.name} on {cell.model.name} is one batch: run again it is the same batch")
     rundir.seal(fingerprint, dict(record), samples, steps)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -23,9 +22,9 @@ from filelock import FileLock, Timeout
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.changes import changes
 from dllm_sparsity.study.config import StudyConfig
+from dllm_sparsity.study.records import SEALED_FILES, checksums, find_damage
 
 _LOCK = ".lock"
-_SEALED = ("cell.json", "samples.parquet", "steps.parquet")
 
 
 class RunDir:
@@ -156,8 +155,8 @@ class RunDir:
                 (draft / "cell.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
                 pq.write_table(samples, draft / "samples.parquet", compression="zstd")
                 pq.write_table(steps, draft / "steps.parquet", compression="zstd")
-                (draft / "DONE").write_text(json.dumps({name: _digest(draft / name) for name in _SEALED}))
-                for name in (*_SEALED, "DONE"):
+                (draft / "DONE").write_text(json.dumps(checksums(draft)))
+                for name in (*SEALED_FILES, "DONE"):
                     _sync(draft / name)
                 if place.exists():
                     shutil.rmtree(place)
@@ -196,27 +195,6 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a cell that has a DONE, or None; DONE holds a checksum of each file.
-
-    Args:
-        folder: The cell's.
-    """
-    sums = _read(folder / "DONE")
-    if not isinstance(sums, dict) or set(sums) != set(_SEALED):
-        return "DONE is damaged"
-    for name in _SEALED:
-        try:
-            if _digest(folder / name) != sums[name]:
-                return f"{name} is damaged"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    record = _read(folder / "cell.json")
-    if not isinstance(record, dict) or record.get("fingerprint") != folder.name:
-        return "cell.json is of another cell"
-    return None
-
-
 def _is_first(entry: Path) -> bool:
     """Tell whether a run that was killed before it wrote its study left this behind."""
     if entry.name == "cells":
@@ -248,11 +226,6 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
-from test_analysis_run import write_study
+from test_analysis_run import seal, write_study
 
 from dllm_sparsity.analysis import curves_of, load, summary
 from dllm_sparsity.analysis.amounts import amount, amounts
@@ -43,6 +43,8 @@ def edit(path, **columns):
         else:
             table = table.append_column(name, pa.array(values, pa.string()))
     pq.write_table(table, path)
+    if (path.parent / "DONE").exists():
+        seal(path.parent)
 
 
 def test_right_or_wrong_items_get_the_exact_mcnemar_test():
@@ -267,6 +269,7 @@ def test_a_dense_cell_run_again_gives_the_floor(run_dir):
     ]
     assert all(point["outcome"] in ("noise", "none") for point in inside)
     (again / "cell.json").write_text(json.dumps(record | {"parts": {"replicate": 1, "seed": 7}}))
+    seal(again)
     found = summary(load(run_dir), draws=50)
     assert not any(curve["noise"] for curve in found["curves"])
     assert any("gives no noise floor: seed differs" in note for note in found["notes"])

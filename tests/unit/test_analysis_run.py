@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dllm_sparsity.analysis.checking import read_record
 from dllm_sparsity.analysis.loading import load
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.study.records import OVERLAP_COLUMNS, samples_schema, steps_schema
+from dllm_sparsity.study.records import OVERLAP_COLUMNS, checksums, samples_schema, steps_schema
 
 WIDTHS = {"input": 64, "intermediate": 176}
 BREAKS = {"autoregressive": 0.55, "diffusion": 0.66}
@@ -98,7 +99,12 @@ def _write_cell(path, paradigm, task, site, p, items, layers, steps, answer, mod
         "notes": [],
     }
     (folder / "cell.json").write_text(json.dumps(record))
-    (folder / "DONE").touch()
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Say that the files of a cell are as they should be."""
+    (folder / "DONE").write_text(json.dumps(checksums(folder)))
 
 
 def _nll():
@@ -238,9 +244,13 @@ def test_a_folder_without_cells_is_refused(tmp_path):
     ],
 )
 def test_a_damaged_record_is_refused(run_dir, text, told):
-    (load(run_dir).cells[0].folder / "cell.json").write_text(text)
+    path = load(run_dir).cells[0].folder / "cell.json"
+    path.write_text(text)
     with pytest.raises(UserError, match=told):
-        load(run_dir)
+        read_record(path)
+    seal(path.parent)
+    if text == "{":  # whoever sealed it, it is no record of this cell
+        assert load(run_dir).damaged == (f"cell {path.parent.name}: cell.json is of another cell",)
 
 
 @pytest.mark.parametrize(
@@ -257,8 +267,14 @@ def test_a_damaged_record_is_refused(run_dir, text, told):
 def test_a_foreign_record_is_refused(run_dir, change, told):
     path = load(run_dir).cells[0].folder / "cell.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    seal(path.parent)
     with pytest.raises(UserError, match=told):
-        load(run_dir)
+        read_record(path)
+    if "fingerprint" in change:
+        assert len(load(run_dir).damaged) == 1
+    else:
+        with pytest.raises(UserError, match=told):
+            load(run_dir)
 
 
 def test_damaged_tables_are_refused(run_dir):

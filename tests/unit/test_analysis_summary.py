@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_analysis_run import achieved, write_study
+from test_analysis_run import achieved, seal, write_study
 
 from dllm_sparsity.analysis import curves_of, headline, load, summary
 from dllm_sparsity.errors import UserError
@@ -25,6 +25,7 @@ def rewrite(run_dir, pattern, column, values, file="samples"):
         at = table.column_names.index(column)
         changed = pa.array(values(table[column].to_pylist()), table.schema.field(column).type)
         pq.write_table(table.set_column(at, column, changed), folder / f"{file}.parquet")
+        seal(folder)
 
 
 def headline_value(curve):
@@ -107,6 +108,7 @@ def test_a_document_that_occurs_twice_is_refused(run_dir):
 def test_items_that_a_cell_lacks_are_left_out_and_told(run_dir):
     path = next((run_dir / "cells").glob("autoarc_easyinput0p6")) / "samples.parquet"
     pq.write_table(pq.read_table(path).slice(5), path)
+    seal(path.parent)
     curves, notes = curves_of(load(run_dir).cells, draws=10)
     assert any("5 items of arc_easy" in note for note in notes)
     assert {len(curve.keys) for curve in curves} == {55, 60}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from test_analysis_run import seal
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis.joining import join
@@ -36,6 +37,7 @@ def changed(runs, tmp_path, change):
         record = json.loads(path.read_text())
         change(record["parts"])
         path.write_text(json.dumps(record))
+        seal(path.parent)
     return copy
 
 

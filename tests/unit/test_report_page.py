@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from test_analysis_run import write_study
+from test_analysis_run import seal, write_study
 
 from dllm_sparsity.analysis import load, summary
 from dllm_sparsity.errors import UserError
@@ -128,6 +128,7 @@ def test_without_overlap_the_section_says_why(tmp_path):
     run_dir = write_study(tmp_path / "s", items=8, layers=2, steps=2, sites=("intermediate",), strengths=(0.9,))
     for path in run_dir.glob("cells/*/steps.parquet"):
         pq.write_table(pq.read_table(path).drop_columns(list(OVERLAP_COLUMNS)), path)
+        seal(path.parent)
     page = write_report(run_dir).read_text()
     assert "It needs the column inter_prev" in page
     assert 'id="overlap"' not in page
@@ -209,6 +210,7 @@ def test_a_result_file_cannot_steer_the_terminal(tmp_path):
     for path in run_dir.glob("cells/*/cell.json"):
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"notes": ["\x1b[2Jgone"], "task": record["task"] + "\x1b[31m"}))
+        seal(path.parent)
     console = Console(width=80, force_terminal=True, color_system=None, record=True, file=open("/dev/null", "w"))
     console.print(render(summary(load(run_dir), draws=50)))
     assert "\x1b" not in console.export_text(styles=False)

@@ -35,11 +35,15 @@ class Answers(Section):
         blocks = []
         for group in dict.fromkeys(source.group for source in cells):
             own = [source for source in cells if source.group == group]
-            dense = next((source for source in own if source.cell and source.cell.record["dense"]), None)
+            dense = next((source for source in own if source.cell and _is_dense(source.cell)), None)
             sparse = min((source for source in own if source.site), key=lambda source: source.distance, default=None)
             if dense and sparse:
                 blocks.append((group, sparse.label, _table(dense, sparse)))
         return template("answers.html", blocks=blocks, items=SHOWN_ITEMS) if blocks else Markup("")
+
+
+def _is_dense(cell: Cell) -> bool:
+    return cell.record["dense"] and not cell.record.get("replicate")
 
 
 def _generates(cell: Cell) -> bool:

@@ -45,7 +45,7 @@ def _cells(cells: list[dict[str, Any]]) -> Table:
             cell["fingerprint"][:12],
             f"{cell['paradigm']} ({cell['model']})",
             cell["task"],
-            "dense" if cell["dense"] else f"{cell['rule']} {json.dumps(cell['rule_parameters'], sort_keys=True)}",
+            _rule(cell),
             cell["site"] or words.NOTHING,
             cell["estimator"] or words.NOTHING,
             "" if cell["strength"] is None else f"{cell['strength']:g}",
@@ -59,6 +59,12 @@ def _cells(cells: list[dict[str, Any]]) -> Table:
     ]
     columns = ["cell", "paradigm", "task", "rule", "site", "likelihood", "asked", "achieved"]
     return Table([*columns, "n", "forward passes", "tokens per forward", "seconds"], rows, 6)
+
+
+def _rule(cell: dict[str, Any]) -> str:
+    if cell["dense"]:
+        return f"dense, run {cell['replicate'] + 1}" if cell["replicate"] else "dense"
+    return f"{cell['rule']} {json.dumps(cell['rule_parameters'], sort_keys=True)}"
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Table:
