@@ -17,6 +17,7 @@ from dllm_sparsity.sparsity import fusing
 from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
 from dllm_sparsity.sparsity.kernels import fused, naive
 from dllm_sparsity.sparsity.rule import Rule, Where
+from dllm_sparsity.sparsity.rules.layerwise import Layerwise
 from dllm_sparsity.sparsity.rules.max_p import MaxP
 from dllm_sparsity.sparsity.rules.random import Random
 from dllm_sparsity.sparsity.rules.threshold import Threshold
@@ -169,7 +170,14 @@ def kernels_on(monkeypatch: pytest.MonkeyPatch) -> object:
 
 @pytest.mark.parametrize(
     ("rule", "sites"),
-    [(MaxP(0.2), "all"), (TopP(0.8, ties="minimal"), "intermediate"), (Random(0.7), ("gate", "up")), (None, "input")],
+    [
+        (MaxP(0.2), "all"),
+        (TopP(0.8, ties="minimal"), "intermediate"),
+        (Random(0.7), ("gate", "up")),
+        (None, "input"),
+        (Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4))), "all"),
+        (Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4)), parameters={"ties": "minimal"}), "intermediate"),
+    ],
     ids=str,
 )
 def test_a_model_counts_the_same(rule: Rule | None, sites: str, kernels_on: object) -> None:
