@@ -176,7 +176,7 @@ def kernels_on(monkeypatch: pytest.MonkeyPatch) -> object:
         (Random(0.7), ("gate", "up")),
         (None, "input"),
         (Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4))), "all"),
-        (Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4)), parameters={"ties": "minimal"}), "intermediate"),
+        (Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4)), parameters={"ties": "minimal"}), "input"),
     ],
     ids=str,
 )
