@@ -176,7 +176,6 @@ def kernels_on(monkeypatch: pytest.MonkeyPatch) -> object:
         (Random(0.7), ("gate", "up")),
         (None, "input"),
         (Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4))), "all"),
-        (Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4)), parameters={"ties": "minimal"}), "input"),
     ],
     ids=str,
 )
@@ -208,6 +207,18 @@ def test_a_norm_is_taken_over_and_given_back(kernels_on: object) -> None:
         assert tracker.kernels == {"made by the kernel": 2, "hooked": 0}
         assert "forward" in vars(model.model.layers[0].post_attention_layernorm)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_no_norm_is_taken_over_where_one_layer_needs_the_rows(kernels_on: object) -> None:
+    kernels_on(True)
+    model = tiny.llama(causal=False).to(DEVICE).eval()
+    ids = torch.arange(5, 12, device=DEVICE)[None]
+    rule = Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4)), parameters={"ties": "minimal"})  # the kernel keeps ties
+    with sparsify(model, rule, "input") as tracker, torch.no_grad():
+        assert tracker.kernels == {"made by the kernel": 0, "hooked": 2}
+        got = model(input_ids=ids).logits
+    with sparsify(model, TopP(0.4, ties="minimal"), "input", layers=[1]), torch.no_grad():
+        assert torch.equal(got, model(input_ids=ids).logits)
 
 
 class NormFeedsTwo(torch.nn.Module):
