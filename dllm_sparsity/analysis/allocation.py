@@ -1,56 +1,16 @@
-"""Allocate sparsity to layers: from what each layer's own sparsity costs to a path of strengths, dense to sparsest."""
+"""Allocate sparsity to layers: the cheapest activations of any layer go first, dense to sparsest; and which to measure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 
+from dllm_sparsity.analysis.slopes import Slope
+
 ROWS = 33
-_LEAST_STEP = 1e-6
-_LEAST_ERROR = 1e-3
-"""A point's error counts as at least this share of the largest loss: losses that agree by chance are not certain."""
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What is lost when some layers alone are sparse, all others dense.
-
-    Args:
-        layers: The layers.
-        strengths: What was measured, from denser to sparser; dense is not among them.
-        sparsity: Sparsity of these layers at each strength.
-        losses: Quality lost against dense on the same items.
-        errors: Standard errors of the losses.
-        total: Activations of these layers on those items.
-        natural: Sparsity of these layers when dense.
-    """
-
-    layers: tuple[int, ...]
-    strengths: tuple[float, ...]
-    sparsity: tuple[float, ...]
-    losses: tuple[float, ...]
-    errors: tuple[float, ...]
-    total: float
-    natural: float = 0.0
-
-
-@dataclass(frozen=True)
-class Slope:
-    """A convex loss over the activations dropped, in straight lines between its knots.
-
-    Args:
-        dropped: At the knots, from 0 on, ascending.
-        losses: At the knots, from 0 on.
-        strengths: At the knots, from dense on.
-    """
-
-    dropped: np.ndarray
-    losses: np.ndarray
-    strengths: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -89,33 +49,6 @@ class Allocation:
         """
         own = [np.interp(dropped, self.dropped, column) for column in self.shares.T]
         return np.array([np.interp(x, s.dropped, s.strengths) for x, s in zip(own, self.slopes, strict=True)])
-
-
-def slope_of(measured: Sensitivity, dense: float) -> Slope:
-    """Return the convex, never falling loss that is nearest to what was measured, 0 at dense.
-
-    It is a sum of hinges with slopes of 0 or more, fitted by least squares weighted with the errors. Losses that are
-    convex come back as they are; of noisy ones it is the middle, where a lower hull would take the luckiest.
-
-    Args:
-        measured: The measurements.
-        dense: The rule's dense strength.
-    """
-    places, chosen = [measured.natural], []
-    for index in np.argsort(measured.sparsity, kind="stable"):
-        if measured.sparsity[index] > places[-1] + _LEAST_STEP:
-            places.append(measured.sparsity[index])
-            chosen.append(int(index))
-    place = np.array(places)
-    losses, errors = (np.array([row[index] for index in chosen]) for row in (measured.losses, measured.errors))
-    weights = 1 / np.maximum(errors, _LEAST_ERROR * max(float(np.abs(losses).max(initial=0)), 1e-12))
-    hinges = np.maximum(place[1:, None] - place[None, :-1], 0)
-    fitted = hinges @ _nonnegative(hinges * weights[:, None], losses * weights)
-    return Slope(
-        dropped=(place - place[0]) * measured.total,
-        losses=np.concatenate([[0.0], fitted]),
-        strengths=np.array([dense, *(measured.strengths[index] for index in chosen)]),
-    )
 
 
 def allocate(slopes: Sequence[Slope]) -> Allocation:
@@ -164,29 +97,16 @@ def path_of(allocation: Allocation, total: float, last: float, rows: int = ROWS)
     return [[round(float(value), 5) for value in row] for row in [*table, np.full(len(corner), last)]]
 
 
-def _nonnegative(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the least-squares solution without negative entries; of few columns each choice is tried."""
-    columns = matrix.shape[1]
-    best, least = np.zeros(columns), float(wanted @ wanted)
-    for size in range(1, columns + 1):
-        for chosen in combinations(range(columns), size):
-            own = np.linalg.lstsq(matrix[:, chosen], wanted, rcond=None)[0]
-            rest = wanted - matrix[:, chosen] @ own
-            if (own >= 0).all() and rest @ rest < least - 1e-12 * abs(least):
-                best, least = np.zeros(columns), float(rest @ rest)
-                best[list(chosen)] = own
-    return best
-
-
 def targets(crossings: Sequence[float]) -> list[float]:
-    """Return at which sparsities layers are measured: from below the uniform crossing up to nearly everything.
+    """Return at which sparsities layers are measured: from the uniform crossing up to nearly everything.
+
+    A layer alone loses next to nothing below the crossing; what it loses above tells how steep it is.
 
     Args:
         crossings: Where the uniform rule crosses, one or several.
     """
     low, high = min(crossings), max(crossings)
-    beyond = [high + share * (1 - high) for share in (0.25, 0.5, 0.8)]
-    return [0.6 * low, 0.5 * (low + high), *beyond]
+    return [low, *(high + share * (1 - high) for share in (0.25, 0.5, 0.8))]
 
 
 def strengths_at(sparsities: Sequence[float], measured: Sequence[tuple[float, float]]) -> list[float]:

@@ -112,12 +112,12 @@ def load(run_dir: str | Path) -> Run:
             f"{run_dir} has {len(planned or folders)} cells and none is finished",
             "run dllm-sparsity compare again, it resumes",
         )
-    from dllm_sparsity.analysis.blocks import joined
+    from dllm_sparsity.analysis.blocks import is_probe, joined
 
     search = _maybe_json(path / "search.json")
     answers = search.get("curves", []) if isinstance(search, dict) else []
     found = [Cell(folder, read_record(folder / "cell.json")) for folder in sealed]
-    cells = sorted(joined(found, answers), key=_order)
+    cells = sorted(joined([cell for cell in found if not is_probe(cell)], answers), key=_order)
     return Run(
         path=path,
         cells=tuple(cells),
