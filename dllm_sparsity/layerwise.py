@@ -23,6 +23,7 @@ from dllm_sparsity.analysis.allocation import allocate, path_of, strengths_at, t
 from dllm_sparsity.analysis.searched import SearchedCurve, open_cell
 from dllm_sparsity.analysis.slopes import Sensitivity, slopes_of
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.models import make_rule
 from dllm_sparsity.study.plan import Cell, block_cell, probe_cell, with_block
 
 NAME = "layerwise"
@@ -189,10 +190,12 @@ def _by_layer(
         if at is None:
             return None
         counts = counts_by_layer(folders.cells(at), _sites(place))
+        rule = make_rule(own.curve.setting["rule"], at, own.curve.setting["rule_parameters"])
         told[name] = {
             "strength": at,
             "sparsity": own.search.columns[at].sparsity,
             "layers": {str(layer): 1 - kept / total for layer, (kept, total) in counts.items()},
+            "strengths": {str(layer): rule.at(layer).strength for layer in counts},
         }
     return told
 

@@ -1,4 +1,4 @@
-"""An allocation on sealed cells: what each layer loses alone, and what the allocated search found beside the uniform."""
+"""An allocation on sealed cells: what each layer loses alone, and what the allocated search found beside the other."""
 
 from __future__ import annotations
 

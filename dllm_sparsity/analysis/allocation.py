@@ -1,4 +1,4 @@
-"""Allocate sparsity to layers: the cheapest activations of any layer go first, dense to sparsest; and which to measure."""
+"""Allocate sparsity to layers: the cheapest activations of any layer go first, from dense to the sparsest there is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How steeply each layer loses: a convex curve for each, drawn to what all have in common where its own points are noise."""
+"""How steeply each layer loses: a convex curve for each, drawn to what all share where its own points are noise."""
 
 from __future__ import annotations
 

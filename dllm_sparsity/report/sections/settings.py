@@ -13,6 +13,7 @@ from dllm_sparsity.report.panel import Table, template
 from dllm_sparsity.report.section import Section
 
 LONGEST_VALUE = 600
+LONGEST_PARAMETERS = 160
 
 
 class Settings(Section):
@@ -45,7 +46,7 @@ def _cells(cells: list[dict[str, Any]]) -> Table:
             cell["fingerprint"][:12],
             f"{cell['paradigm']} ({cell['model']})",
             cell["task"],
-            "dense" if cell["dense"] else f"{cell['rule']} {json.dumps(cell['rule_parameters'], sort_keys=True)}",
+            "dense" if cell["dense"] else f"{cell['rule']} {_cut(cell['rule_parameters'])}",
             cell["site"] or words.NOTHING,
             cell["estimator"] or words.NOTHING,
             "" if cell["strength"] is None else f"{cell['strength']:g}",
@@ -59,6 +60,12 @@ def _cells(cells: list[dict[str, Any]]) -> Table:
     ]
     columns = ["cell", "paradigm", "task", "rule", "site", "likelihood", "asked", "achieved"]
     return Table([*columns, "n", "forward passes", "tokens per forward", "seconds"], rows, 6)
+
+
+def _cut(parameters: dict[str, Any]) -> str:
+    """Return a rule's parameters, short of tables that would fill the page; cell.json has them whole."""
+    told = json.dumps(parameters, sort_keys=True)
+    return told if len(told) <= LONGEST_PARAMETERS else told[:LONGEST_PARAMETERS] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Table:
