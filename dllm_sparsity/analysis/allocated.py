@@ -21,7 +21,7 @@ from dllm_sparsity.analysis.steps import counted, sparsity_by
 
 Answer = dict[str, Any]
 DRAWS, SEED = 1000, 0
-_Z = 1.959964
+_LIFT = 8  # as in the search: a strength counts when it was measured on this part of the items
 _MAY_NOT_CROSS = 0.025
 """More draws without a crossing than this, and the ends of their interval would be those of the measured points."""
 
@@ -163,7 +163,7 @@ def _drawn(searches: tuple[Search, Search], threshold: Threshold, items: int) ->
     curves = [_Shared.of(search, items) for search in searches]
     rng, missed, found = np.random.default_rng(SEED), np.zeros(2), []
     for draw in range(DRAWS + 1):
-        chosen = rng.integers(0, items, items) if draw else np.arange(items)
+        chosen = np.sort(rng.integers(0, items, items)) if draw else np.arange(items)
         profiles = [curve.profile(threshold, chosen) for curve in curves]
         missed += [not own.crosses for own in profiles]
         found.append(profiles[1].estimate - profiles[0].estimate)
@@ -172,7 +172,7 @@ def _drawn(searches: tuple[Search, Search], threshold: Threshold, items: int) ->
 
 @dataclass(frozen=True)
 class _Shared:
-    """The columns of a search on its first items."""
+    """The columns of a search on its first items; beyond the sparsest of them, those of fewer items."""
 
     dense: Column
     sparse: list[Column]
@@ -182,12 +182,18 @@ class _Shared:
     def of(cls, search: Search, items: int) -> _Shared:
         if search.dense is None:
             raise RuntimeError("a search with an answer has measured dense")
-        whole = {strength: own.first(items) for strength, own in search.columns.items() if len(own) >= items}
-        return cls(search.dense.first(items), list(whole.values()), search.ladder[-1] in whole)
+        sparsest = max(own.sparsity for own in search.columns.values() if len(own) >= items)
+        used = {
+            strength: own.first(items)
+            for strength, own in search.columns.items()
+            if len(own) * _LIFT >= items or own.sparsity > sparsest
+        }
+        return cls(search.dense.first(items), list(used.values()), search.ladder[-1] in used)
 
     def profile(self, threshold: Threshold, chosen: np.ndarray) -> Any:
+        """Return the profile of drawn items; in ascending order, so that those of a shorter column come first."""
         dense, *sparse = (
-            Column(*(getattr(own, name)[chosen] for name in Column.__dataclass_fields__))
+            Column(*(getattr(own, name)[chosen[chosen < len(own)]] for name in Column.__dataclass_fields__))
             for own in (self.dense, *self.sparse)
         )
         return profile(dense, sparse, threshold, self.ended)

@@ -106,7 +106,7 @@ def targets(crossings: Sequence[float]) -> list[float]:
         crossings: Where the uniform rule crosses, one or several.
     """
     low, high = min(crossings), max(crossings)
-    return [low, *(high + share * (1 - high) for share in (0.25, 0.5, 0.8))]
+    return [low, *(high + share * (1 - high) for share in (0.3, 0.6, 0.95))]
 
 
 def strengths_at(sparsities: Sequence[float], measured: Sequence[tuple[float, float]]) -> list[float]:

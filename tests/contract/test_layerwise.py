@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import cast
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_families import LAYERS, hooks, logits
 from torch import nn
 
 from dllm_sparsity import Layerwise, MaxP, Random, Threshold, TopK, TopP, UserError, registry, sparsify
-from dllm_sparsity.sparsity.rule import Where, acting
+from dllm_sparsity.sparsity.rule import Rule, Where, acting
 from dllm_sparsity.study.models import make_rule
 
 PATH = ((1.0, 1.0), (0.5, 1.0), (0.5, 0.25), (0.0, 0.0))
@@ -77,7 +78,7 @@ def test_refuses(wrong: dict, words: str) -> None:
         Layerwise(0.5, **wrong)
 
 
-def outputs(model: nn.Module, ids: torch.Tensor, rule: object, sites: str = "all", **options) -> tuple:
+def outputs(model: nn.Module, ids: torch.Tensor, rule: Rule, sites: str = "all", **options) -> tuple:
     with sparsify(model, rule, sites, **options) as tracker:
         got = logits(model, ids)
     return got, tracker.read()
@@ -128,7 +129,7 @@ def test_it_compiles_inside_the_block(llama: nn.Module, ids: torch.Tensor, base:
     rule = Layerwise(1.0, base=name, path=((dense,) * LAYERS, (*(dense,) * (LAYERS - 1), 0.3)))
     wanted, told = outputs(llama, ids, rule)
     with sparsify(llama, rule, "all") as tracker:
-        got = logits(torch.compile(llama, backend="eager", fullgraph=True), ids)
+        got = logits(cast("nn.Module", torch.compile(llama, backend="eager", fullgraph=True)), ids)
     torch._dynamo.reset()
     assert torch.allclose(got, wanted, atol=1e-6)
     assert tracker.read()["kept"] == told["kept"]
