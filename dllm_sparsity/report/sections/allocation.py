@@ -27,10 +27,7 @@ class Allocation(Section):
         Args:
             data: What the page is made from.
         """
-        found = data.summary or {}
-        search = found.get("search")
-        answers = search.get("curves", []) if isinstance(search, dict) else []
-        told = [own for own in answers if own.get("allocation", {}).get("by_layer")]
+        found, told = data.summary or {}, _told(data)
         options = [
             Option(
                 f"{own['task']}: {own['site']}, {own['rule']}, {own['model']}, {100 * own['retention']:g} %",
@@ -40,6 +37,12 @@ class Allocation(Section):
             for own in told
         ]
         return Panel("allocation", "Curve", options, wide=True).html() if options else Markup("")
+
+
+def _told(data: ReportData) -> list[dict[str, Any]]:
+    search = (data.summary or {}).get("search")
+    answers = search.get("curves", []) if isinstance(search, dict) else []
+    return [own for own in answers if own.get("allocation", {}).get("by_layer")]
 
 
 def _chart(answer: dict[str, Any]) -> Chart:
