@@ -80,7 +80,7 @@ def allocated(place: Place, search: Callable[[RuleConfig, str], Loop]) -> Genera
     strengths = strengths_at(targets(plain.crossings), measured)
     probed = _probed_items(place, len(groups) * len(strengths) + 1)
     if probed < FEWEST_ITEMS:
-        return _without(plain.answers, f"the budget allows fewer than {FEWEST_ITEMS} items for each layer alone")
+        return _without(plain.answers, f"the budget or the task has fewer than {FEWEST_ITEMS} items for each layer")
     probes = yield from _probe(place, plain.curve, (groups, strengths, probed), counts)
     rule = _rule(place, probes.found, plain.search.ladder)
     path = _Watched(search(rule, place.site))

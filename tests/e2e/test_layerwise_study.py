@@ -112,3 +112,52 @@ def test_a_resumed_run_gives_the_same(study, finished, monkeypatch, tmp_path):
     monkeypatch.setattr(local, "open_backend", lambda *_: pytest.fail("a model was loaded"))
     compare(study, finished.path)
     assert (finished.path / "search.json").read_text() == before
+
+
+@pytest.fixture(scope="module")
+def of_all_kinds(material, tmp_path_factory):
+    """Both paradigms on a choice and on a generation task, at two retentions."""
+    folder = tmp_path_factory.mktemp("kinds")
+    (folder / "items.jsonl").write_text(
+        "\n".join(json.dumps({"q": f"question {n}", "a": ["yes", "no way"], "gold": n % 2}) for n in range(24))
+    )
+    for name in ("choice", "write"):
+        text = (material / f"{name}.yaml").read_text().replace(str(material), str(folder))
+        (folder / f"{name}.yaml").write_text(text)
+    study = {
+        "name": "kinds",
+        "models": [
+            {"paradigm": "autoregressive", "model": str(material / "ar"), "batch_size": 8},
+            {"paradigm": "diffusion", "model": str(material / "dm"), "batch_size": 8, "mc": 2, "block_length": 3},
+        ],
+        "tasks": [{"name": str(folder / f"{name}.yaml")} for name in ("choice", "write")],
+        "rules": [{"name": "top_p", "sites": ["all"], "parameters": {"power": 2.0}}],
+        "search": {"retentions": [0.9, 0.99], "width": 0.2, "layerwise": True, "layerwise_items": 20},
+    }
+    return compare(study, folder / "run")
+
+
+def test_every_kind_of_task_has_an_allocation(of_all_kinds):
+    uniform = [own for own in searched(of_all_kinds) if own["rule"] == "top_p"]
+    assert len(uniform) == 2 * 2 * 2
+    for own in uniform:
+        found = own["allocation"]
+        assert (found["sensitivity_quality"], own["kind"]) in (("nll", "accuracy"), ("agreement", "accuracy"))
+        assert found["rule"]["parameters"]["parameters"] == {"power": 2.0}
+        assert found["rule"]["parameters"]["groups"] == [[0], [1]]
+        assert found["sensitivity_items"] == 20
+        assert found["difference"]["words"]
+
+
+def test_models_with_tables_of_their_own_share_a_label(of_all_kinds):
+    assert {curve["rule"] for curve in of_all_kinds.summary["curves"]} == {"top_p", "layerwise"}
+    assert {(row["paradigm"], row["rule"]) for row in of_all_kinds.table()} == {
+        (paradigm, rule) for paradigm in ("autoregressive", "diffusion") for rule in ("top_p", "layerwise")
+    }
+
+
+def test_few_items_are_refused_in_words(study, tmp_path):
+    few = {**study, "tasks": [{"name": "heldout_text", "limit": 10}]}
+    found = compare(few, tmp_path / "run")
+    assert "fewer than 16 items" in searched(found)[0]["allocation"]["reason"]
+    assert any("no strengths by layer" in words for words in found.summary["findings"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from dllm_sparsity.analysis.allocated import Searched, compared, nearest_strength, overlap_words, sensitivity
 from dllm_sparsity.analysis.allocation import allocate, path_of, strengths_at, targets
 from dllm_sparsity.analysis.findings import allocation_findings
+from dllm_sparsity.analysis.grouping import groups_of
+from dllm_sparsity.analysis.loading import Cell
 from dllm_sparsity.analysis.profile import Column, Threshold
 from dllm_sparsity.analysis.search import LADDER, Limits, Search
 from dllm_sparsity.analysis.slopes import slopes_of
@@ -171,3 +174,23 @@ def test_a_search_without_an_allocation_says_why():
         "t, top_p at input, diffusion (m), keeping 99 % of the dense likelihood per token:"
         " no strengths by layer (there is one layer only)."
     ]
+
+
+def cell(paradigm, **more):
+    record = {"paradigm": paradigm, "model": "m", "task": "t", "dense": not more, "rule": None, "layers": None}
+    return Cell(Path(), cast("Any", {**record, "strength": 0.5, "site": "input", "rule_parameters": {}, **more}))
+
+
+def test_tables_stay_out_of_labels():
+    def layerwise(paradigm, base, path):
+        return cell(paradigm, rule="layerwise", rule_parameters={"base": base, "path": path})
+
+    pair = [cell("autoregressive"), cell("diffusion")]
+    own = [layerwise("autoregressive", "top_p", [[1.0], [0.5]]), layerwise("diffusion", "top_p", [[1.0], [0.4]])]
+    assert [group.rule for group in groups_of([*pair, *own])[0]] == ["layerwise", "layerwise"]
+    other = layerwise("diffusion", "max_p", [[0.0], [0.4]])
+    labels = {group.rule for group in groups_of([*pair, *own, other])[0]}
+    assert labels == {"layerwise (base=top_p)", "layerwise (base=max_p)"}
+    again = layerwise("diffusion", "top_p", [[1.0], [0.3]])
+    labels = [group.rule for group in groups_of([*pair, *own, again])[0]]
+    assert labels == ["layerwise", "layerwise", "layerwise, no. 2"]
