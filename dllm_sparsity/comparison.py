@@ -6,13 +6,16 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dllm_sparsity.analysis.allocated import Searched
 from dllm_sparsity.analysis.profile import Column
 from dllm_sparsity.analysis.search import LADDER, Limits, Search, boundaries
 from dllm_sparsity.analysis.searched import SearchedCurve, averages, open_cell
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.layerwise import Place, allocated
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec, build_config, read_config
 from dllm_sparsity.study.engines import Engine
 from dllm_sparsity.study.plan import Cell, block_cell, with_block
@@ -136,14 +139,23 @@ class Searches:
         """
         for rule in self.study.rules:
             for site in rule.sites:
-                yield self._curve(model, spec, task.items, rule, site)
+                yield self._loop(model, spec, task.items, rule, site)
+
+    def _loop(
+        self, model: ModelConfig, spec: TaskSpec, items: int, rule: RuleConfig, site: str
+    ) -> Generator[Cell, Path, None]:
+        search = partial(self._curve, model, spec, items)
+        if self.study.search is not None and self.study.search.layerwise:
+            self.answers += yield from allocated(Place(self.study, model, spec, items, rule, site), search)
+        else:
+            self.answers += (yield from search(rule, site)).answers
 
     def _curve(
         self, model: ModelConfig, spec: TaskSpec, items: int, rule: RuleConfig, site: str
-    ) -> Generator[Cell, Path, None]:
+    ) -> Generator[Cell, Path, Searched]:
         asked = self.study.search
         if asked is None:
-            return
+            raise RuntimeError("a study without a search has no loops")
         first = boundaries(items)[0]
         folder = yield with_block(block_cell(self.study, model, spec, (rule, site), None), 0, first)
         curve = SearchedCurve(open_cell(folder), asked.quality, site)
@@ -155,8 +167,7 @@ class Searches:
             try:
                 ask = next(asks) if answer is None else asks.send(answer)
             except StopIteration as end:
-                self.answers += [curve.answer(goal, search, asked.width) for goal in end.value]
-                return
+                return Searched(curve, search, [curve.answer(goal, search, asked.width) for goal in end.value])
             cell = block_cell(self.study, model, spec, (rule, site), ask.strength)
             answer = curve.column(open_cell((yield with_block(cell, ask.start, ask.stop))), (ask.start, ask.stop))
 

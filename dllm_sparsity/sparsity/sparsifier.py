@@ -19,7 +19,7 @@ from dllm_sparsity.sparsity.clock import Clock, FreeClock
 from dllm_sparsity.sparsity.hooks import hook, is_compiled, one_token, run_once
 from dllm_sparsity.sparsity.ledger import Ledger, Point
 from dllm_sparsity.sparsity.reading import Reading
-from dllm_sparsity.sparsity.rule import Rule
+from dllm_sparsity.sparsity.rule import Rule, acting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,9 +97,8 @@ class Tracker:
             [Point(ffn.layer, site, ffn.device_of, ffn.points[site].width, ffn.experts) for ffn, site in self._points],
             usable,
         )
-        active = None if rule is None or rule.is_dense else rule
         self._actions = [
-            Action(number, ffn, site, ffn.points[site], active, self.clock, self.ledger)
+            Action(number, ffn, site, ffn.points[site], acting(rule, ffn.layer), self.clock, self.ledger)
             for number, (ffn, site) in enumerate(self._points)
         ]
         self._undo: dict[int, Callable[[], None]] = {}  # point -> what detaches it
@@ -174,7 +173,7 @@ class Tracker:
     def _attach(self) -> None:
         """Attach every point: by a kernel that makes its rows where the form is known, else by a hook."""
         acts = [self._act(number) for number in range(len(self._points))]
-        fuses = self.ledger.fusable and self._actions[0].fuses
+        fuses = self.ledger.fusable and all(action.fuses for action in self._actions)
         for ffn in self.ffns if fuses else ():
             numbers = {site: n for n, (other, site) in enumerate(self._points) if other is ffn}
             undo = fusing.take_over(ffn, {site: acts[number] for site, number in numbers.items()})
