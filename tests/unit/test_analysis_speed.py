@@ -12,6 +12,7 @@ from test_analysis_run import write_study
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import load, summary
 from dllm_sparsity.report import write_report
+from dllm_sparsity.study.records import checksums
 
 
 @pytest.fixture
@@ -24,6 +25,7 @@ def rewrite(run_dir, change):
         record = json.loads(path.read_text())
         change(record)
         path.write_text(json.dumps(record))
+        (path.parent / "DONE").write_text(json.dumps(checksums(path.parent)))
 
 
 def row(found, **only):
