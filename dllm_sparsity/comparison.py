@@ -16,6 +16,7 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec, build_config, read_config
 from dllm_sparsity.study.plan import Cell, block_cell, with_block
 from dllm_sparsity.study.rundir import writing
+from dllm_sparsity.study.track import ExperimentTracker, Tracking
 
 EMBEDDED_STUDY = Path(__file__).parent / "pair" / "study.yaml"
 
@@ -55,6 +56,7 @@ def compare(
     config: StudyConfig | Mapping[str, Any] | str | Path | None = None,
     out: str | Path | None = None,
     progress: Any = None,
+    track: str | ExperimentTracker | None = None,
 ) -> Comparison:
     """Compare the activation sparsity of autoregressive and diffusion language models.
 
@@ -62,6 +64,7 @@ def compare(
         config: A study, its fields, or its YAML file; None runs the embedded study.
         out: The run directory; `runs/<name>` when None. The same directory continues where an earlier run stopped.
         progress: Told what happens; nothing is shown when None.
+        track: trackio, wandb, or an object of one's own: told the numbers of each cell, and at the end of the study.
 
     Returns:
         Where everything is, and the summary.
@@ -72,17 +75,20 @@ def compare(
     Example:
         >>> compare().table()  # doctest: +SKIP
     """
+    from dllm_sparsity.analysis.logged import cell_numbers, study_numbers
     from dllm_sparsity.report import write_report
     from dllm_sparsity.study.engines.local import run_study
 
     study = as_config(config)
     place = Path(out) if out is not None else Path("runs") / study.name
     searches = Searches(study) if study.search is not None else None
-    with run_study(study, place, progress or _Silent(), searches) as rundir:
+    told = Tracking(track, study, place, progress or _Silent(), lambda folder: cell_numbers(open_cell(folder)))
+    with told, run_study(study, place, told, searches) as rundir:
         if searches is not None:
             searches.write(rundir.path)
-        report = write_report(rundir.path)
-        return finish(rundir.path, report)
+        result = finish(rundir.path, write_report(rundir.path))
+        told.end(study_numbers(result.summary))
+        return result
 
 
 def finish(path: Path, report: Path) -> Comparison:

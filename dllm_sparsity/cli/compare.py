@@ -55,6 +55,7 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random.")
 @click.option("--offline", is_flag=True, help="Look nothing up on a network; refuse what is not on this machine.")
 @click.option("--fail-if", metavar="EXPR", help="Leave with exit code 4 where this holds of the summary's numbers.")
+@click.option("--track", metavar="NAME", help="Log each cell to trackio or wandb as well.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take; run and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object instead of a table.")
 @click.pass_context
@@ -66,6 +67,7 @@ def compare(
     offline: bool,
     fail_if: str | None,
     dry_run: bool,
+    track: str | None,
     **options: Any,
 ) -> None:
     """Compare the activation sparsity of autoregressive and diffusion language models.
@@ -102,7 +104,7 @@ def compare(
     from dllm_sparsity.cli.progress import make_progress
     from dllm_sparsity.comparison import compare as run
 
-    result = run(study, out, make_progress())
+    result = run(study, out, make_progress(), track)
     if as_json:
         click.echo(json.dumps(result.summary, allow_nan=False))
     else:
