@@ -25,6 +25,7 @@ _NAMES = {
     "Comparison": "dllm_sparsity.comparison",
     "CutoffRule": "dllm_sparsity.sparsity.rule",
     "DiffusionBackend": "dllm_sparsity.diffusion.backend",
+    "Layerwise": "dllm_sparsity.sparsity.rules.layerwise",
     "MaxP": "dllm_sparsity.sparsity.rules.max_p",
     "Phase": "dllm_sparsity.sparsity.clock",
     "Random": "dllm_sparsity.sparsity.rules.random",

@@ -6,14 +6,18 @@ import json
 import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dllm_sparsity.analysis.allocated import Searched
 from dllm_sparsity.analysis.profile import Column
 from dllm_sparsity.analysis.search import LADDER, Limits, Search, boundaries
 from dllm_sparsity.analysis.searched import SearchedCurve, averages, open_cell
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.layerwise import Place, allocated
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec, build_config, read_config
+from dllm_sparsity.study.engines import Engine
 from dllm_sparsity.study.plan import Cell, block_cell, with_block
 from dllm_sparsity.study.rundir import writing
 from dllm_sparsity.study.track import ExperimentTracker, Tracking
@@ -56,6 +60,7 @@ def compare(
     config: StudyConfig | Mapping[str, Any] | str | Path | None = None,
     out: str | Path | None = None,
     progress: Any = None,
+    engine: str | Engine = "local",
     track: str | ExperimentTracker | None = None,
 ) -> Comparison:
     """Compare the activation sparsity of autoregressive and diffusion language models.
@@ -64,6 +69,7 @@ def compare(
         config: A study, its fields, or its YAML file; None runs the embedded study.
         out: The run directory; `runs/<name>` when None. The same directory continues where an earlier run stopped.
         progress: Told what happens; nothing is shown when None.
+        engine: Who does the work: `local`, `ray`, `ray://HOST:PORT`, `slurm`, or an `Engine`.
         track: trackio, wandb, or an object of one's own: told the numbers of each cell, and at the end of the study.
 
     Returns:
@@ -77,13 +83,14 @@ def compare(
     """
     from dllm_sparsity.analysis.logged import cell_numbers, study_numbers
     from dllm_sparsity.report import write_report
-    from dllm_sparsity.study.engines.local import run_study
+    from dllm_sparsity.study.engines.runner import run_study
 
     study = as_config(config)
     place = Path(out) if out is not None else Path("runs") / study.name
     searches = Searches(study) if study.search is not None else None
+    who = Engine.parse(engine) if isinstance(engine, str) else engine
     told = Tracking(track, study, place, progress or _Silent(), lambda folder: cell_numbers(open_cell(folder)))
-    with told, run_study(study, place, told, searches) as rundir:
+    with told, run_study(study, place, told, searches, who) as rundir:
         if searches is not None:
             searches.write(rundir.path)
         result = finish(rundir.path, write_report(rundir.path))
@@ -138,14 +145,23 @@ class Searches:
         """
         for rule in self.study.rules:
             for site in rule.sites:
-                yield self._curve(model, spec, task.items, rule, site)
+                yield self._loop(model, spec, task.items, rule, site)
+
+    def _loop(
+        self, model: ModelConfig, spec: TaskSpec, items: int, rule: RuleConfig, site: str
+    ) -> Generator[Cell, Path, None]:
+        search = partial(self._curve, model, spec, items)
+        if self.study.search is not None and self.study.search.layerwise:
+            self.answers += yield from allocated(Place(self.study, model, spec, items, rule, site), search)
+        else:
+            self.answers += (yield from search(rule, site)).answers
 
     def _curve(
         self, model: ModelConfig, spec: TaskSpec, items: int, rule: RuleConfig, site: str
-    ) -> Generator[Cell, Path, None]:
+    ) -> Generator[Cell, Path, Searched]:
         asked = self.study.search
         if asked is None:
-            return
+            raise RuntimeError("a study without a search has no loops")
         first = boundaries(items)[0]
         folder = yield with_block(block_cell(self.study, model, spec, (rule, site), None), 0, first)
         curve = SearchedCurve(open_cell(folder), asked.quality, site)
@@ -157,8 +173,7 @@ class Searches:
             try:
                 ask = next(asks) if answer is None else asks.send(answer)
             except StopIteration as end:
-                self.answers += [curve.answer(goal, search, asked.width) for goal in end.value]
-                return
+                return Searched(curve, search, [curve.answer(goal, search, asked.width) for goal in end.value])
             cell = block_cell(self.study, model, spec, (rule, site), ask.strength)
             answer = curve.column(open_cell((yield with_block(cell, ask.start, ask.stop))), (ask.start, ask.stop))
 

@@ -1,5 +1,9 @@
 """The two-line error that users see."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class UserError(Exception):
     """Report something the user can put right, as what is wrong and what to do.
@@ -16,6 +20,15 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\nhint:  {self.hint}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.message, self.__dict__)  # it crosses from one process to another
+
+
+def _again(kind: type[UserError], message: str, fields: dict[str, Any]) -> UserError:
+    error = kind.__new__(kind, message)
+    error.__dict__.update(fields)
+    return error
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

@@ -26,16 +26,13 @@ for name in ("lm_eval.evaluator", "autoregressive.backend", "dllm_sparsity.diffu
 def child(task: dict) -> None:
     """Run the study, and note each batch that is computed."""
     torch.set_num_threads(1)
-    batches, real = os.open(task["begun"], os.O_WRONLY | os.O_APPEND | os.O_CREAT), base.answer
+    batches, real = os.open(task["begun"], os.O_WRONLY | os.O_APPEND | os.O_CREAT), base.SparsityLM.compute
 
-    def noted(journal, requests, compute):
-        def begin():
-            os.write(batches, b".")
-            return compute()
+    def noted(self, work):
+        os.write(batches, b".")
+        return real(self, work)
 
-        return real(journal, requests, begin)
-
-    base.answer = noted
+    base.SparsityLM.compute = noted
     comparison.compare(task["study"], task["out"])
 
 

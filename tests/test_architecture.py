@@ -22,6 +22,7 @@ FLOORS = [
     ["study"],
     ["analysis"],
     ["report"],
+    ["layerwise"],
     ["compare", "comparison"],
     ["cli"],
 ]

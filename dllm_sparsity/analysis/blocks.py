@@ -78,6 +78,15 @@ def is_block(cell: Cell) -> bool:
     return isinstance(cell.record.get("parts"), dict) and "block" in cell.record["parts"]
 
 
+def is_probe(cell: Cell) -> bool:
+    """Tell whether a cell only helped a search to plan others, so that it belongs to no curve.
+
+    Args:
+        cell: The cell.
+    """
+    return isinstance(cell.record.get("parts"), dict) and cell.record["parts"].get("probe") is True
+
+
 def answers_of(cell: Cell, rule: CellRecord, quality: str) -> list[Answer]:
     """Return what was searched on a curve.
 

@@ -28,6 +28,32 @@ def findings(curves: Sequence[Curve], pairs: Sequence[Comparison], retention: fl
     return sentences + [_curve_sentence(curve, retention) for curve in headline if id(curve) not in told]
 
 
+def allocation_findings(search: Any) -> list[str]:
+    """Return one sentence for each allocation by layer that a search looked for.
+
+    Args:
+        search: What search.json holds, or None; of several retentions the default one is told.
+    """
+    answers = search.get("curves", []) if isinstance(search, dict) else []
+    default = [answer for answer in answers if answer["retention"] == DEFAULT_RETENTION]
+    told = [answer for answer in default or answers if "allocation" in answer]
+    return [_allocation_sentence(answer, answer["allocation"]) for answer in told]
+
+
+def _allocation_sentence(uniform: dict[str, Any], own: dict[str, Any]) -> str:
+    place = f"{uniform['task']}, {uniform['rule']} at {uniform['site']}, {uniform['paradigm']} ({uniform['model']})"
+    share = f"keeping {100 * uniform['retention']:g} % of the dense {_measure(uniform['kind'], uniform['quality'])}"
+    if own["value"] is None:
+        return f"{place}, {share}: no strengths by layer ({own['reason']})."
+    both = [
+        ("at least " if each["censored"] else "")
+        + f"{percent(each['value'])} % [{', '.join(percent(end) for end in each['interval'])}]"
+        for each in (own, uniform)
+    ]
+    reached = f"strengths by layer reach {both[0]} sparsity, one strength {both[1]}"
+    return f"{place}, {share}: {reached}: {own['difference']['words']}; {own['sharing']}."
+
+
 def percent(value: float) -> str:
     """Return a share as percent with one digit.
 
@@ -106,4 +132,8 @@ def _model(curve: Curve) -> str:
 
 
 def _quality(curve: Curve) -> str:
-    return {"nll": "likelihood per token"}.get(curve.quality["kind"], curve.quality["name"])
+    return _measure(curve.quality["kind"], curve.quality["name"])
+
+
+def _measure(kind: str, name: str) -> str:
+    return {"nll": "likelihood per token"}.get(kind, name)

@@ -57,32 +57,40 @@ def groups_of(cells: Sequence[Cell]) -> tuple[list[Group], list[str]]:
     groups = []
     variants: dict[str, set[str]] = {}
     for key, members in sparse.items():
-        variants.setdefault(key[3], set()).update(_split(members))
+        variants.setdefault(key[3], set()).update(fixed for fixed, _ in _split(members))
     for (paradigm, model, task, rule, site, layers), members in sparse.items():
         if (reference := dense.get((paradigm, model, task))) is None:
             notes.append(f"{task} on {model} has no finished dense cell; its cells cannot be compared yet")
             continue
-        for fixed, own in _split(members).items():
+        told: dict[str, int] = {}
+        for (fixed, _), own in _split(members).items():
             label = (
                 rule
                 + (f" ({fixed})" if fixed and len(variants[rule]) > 1 else "")
                 + (f" on layers {layers}" if layers != "null" else "")
             )
+            told[label] = told.get(label, 0) + 1
+            label += f", no. {told[label]}" if told[label] > 1 else ""  # apart in a table that no label can hold
             groups.append(Group(reference, tuple(own), label, site))
     return groups, list(dict.fromkeys(notes))
 
 
-def _split(cells: list[Cell]) -> dict[str, list[Cell]]:
-    """Split the cells of one rule by its parameters other than the main one, whose value is the strength."""
+def _split(cells: list[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    """Split the cells of one rule by its parameters other than the main one, whose value is the strength.
+
+    Returns:
+        Parameters in words, without those that are tables; all parameters; and their cells.
+    """
     names = {name for cell in cells for name in cell.record["rule_parameters"]}
     main = {
         name
         for name in names
         if all(cell.record["rule_parameters"].get(name) == cell.record["strength"] for cell in cells)
     }
-    split: dict[str, list[Cell]] = {}
+    split: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         parameters = cell.record["rule_parameters"]
-        fixed = ", ".join(f"{name}={parameters[name]}" for name in sorted(parameters) if name not in main)
-        split.setdefault(fixed, []).append(cell)
+        fixed = {name: parameters[name] for name in sorted(parameters) if name not in main}
+        words = ", ".join(f"{name}={value}" for name, value in fixed.items() if not isinstance(value, list))
+        split.setdefault((words, json.dumps(fixed)), []).append(cell)
     return split

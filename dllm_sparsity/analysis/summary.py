@@ -11,7 +11,7 @@ import numpy as np
 from dllm_sparsity.analysis.comparison import Comparison, comparisons
 from dllm_sparsity.analysis.critical import DEFAULT_READING, DEFAULT_RETENTION, RETENTIONS
 from dllm_sparsity.analysis.curves import Curve, Point, curves_of
-from dllm_sparsity.analysis.findings import findings
+from dllm_sparsity.analysis.findings import allocation_findings, findings
 from dllm_sparsity.analysis.loading import Cell, Run
 from dllm_sparsity.analysis.qualities import numbers
 from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
@@ -43,7 +43,7 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
             "default_retention": DEFAULT_RETENTION,
             "default_reading": DEFAULT_READING,
             "bootstrap": {"draws": draws, "seed": seed, "level": 0.95},
-            "findings": findings(curves, pairs),
+            "findings": findings(curves, pairs) + allocation_findings(run.search),
             "notes": _notes(run) + notes + limits + _further_notes(run),
             "counts": _counts(run),
             "curves": _with_holm([_curve(*both) for both in zip(curves, judged, strict=True)]),

@@ -53,6 +53,10 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 )
 @click.option("--device", help="cpu, cuda, cuda:0; a GPU where there is one when not given.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random.")
+@click.option("--engine", default="local", metavar="WHO", help="local, ray, ray://HOST:PORT or slurm.")
+@click.option("--workers", type=click.IntRange(1), help="Workers of the engine; one for each GPU when not given.")
+@click.option("--gpus-per-worker", type=click.IntRange(1), default=1, help="More than 1 for models with a device_map.")
+@click.option("--engine-option", multiple=True, metavar="NAME=VALUE", help="For SLURM, as submitit names it.")
 @click.option("--offline", is_flag=True, help="Look nothing up on a network; refuse what is not on this machine.")
 @click.option("--fail-if", metavar="EXPR", help="Leave with exit code 4 where this holds of the summary's numbers.")
 @click.option("--track", metavar="NAME", help="Log each cell to trackio or wandb as well.")
@@ -67,6 +71,10 @@ def compare(
     offline: bool,
     fail_if: str | None,
     dry_run: bool,
+    engine: str,
+    workers: int | None,
+    gpus_per_worker: int,
+    engine_option: tuple[str, ...],
     track: str | None,
     **options: Any,
 ) -> None:
@@ -84,6 +92,9 @@ def compare(
         from dllm_sparsity.cli.gate import Gate
 
         gate = Gate(fail_if)  # a condition that cannot be read is refused before the study runs
+    from dllm_sparsity.study.engines import Engine
+
+    who = Engine.parse(engine, workers, gpus_per_worker, engine_option)
     if offline:
         from dllm_sparsity.study.offline import go_offline
 
@@ -104,7 +115,7 @@ def compare(
     from dllm_sparsity.cli.progress import make_progress
     from dllm_sparsity.comparison import compare as run
 
-    result = run(study, out, make_progress(), track)
+    result = run(study, out, make_progress(), who, track)
     if as_json:
         click.echo(json.dumps(result.summary, allow_nan=False))
     else:

@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,7 +19,7 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.call import ModelCall
 from dllm_sparsity.lm.distributed import each_once
 from dllm_sparsity.lm.items import MAX_NEW_TOKENS, Generation, ItemLog, PromptBatch, Score, Target
-from dllm_sparsity.lm.journal import Journal, answer
+from dllm_sparsity.lm.journal import Journal, Work, answers
 from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load, longest_sequence
 from dllm_sparsity.lm.text import TextLM
 from dllm_sparsity.sparsity.clock import Clock
@@ -54,7 +53,7 @@ class SparsityLM(TextLM):
         self.order_seed: int | None = None
         """Another order of requests, so that others share a batch; None sorts them by length."""
         self.journal: Journal | None = None
-        """What remembers answered batches, so that a run that was broken off goes on behind them."""
+        """What remembers answered batches, or has them answered elsewhere; None answers each here."""
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """Called with (requests done, requests in all) after each batch."""
         self.max_length = max_length or longest_sequence(model, tokenizer)
@@ -153,12 +152,13 @@ class SparsityLM(TextLM):
             if not target.tokens:
                 scores[number] = Score(0.0, True, 0.0, 0)
         order = self._reordered([number for number in order if number not in scores])
-        for numbers in self._batches(order, targets):
-            batch = [targets[number] for number in numbers]
-            found = answer(self.journal, ("score", self.check_greedy, batch), partial(self._score, batch))
+        plan = list(self._batches(order, targets))
+        works = [Work([targets[number] for number in numbers], self.check_greedy) for numbers in plan]
+        for place, found in answers(self.journal, works, self.compute):
+            numbers = plan[place]
             scores.update(zip(numbers, found.results, strict=True))
-            for target in batch:
-                self._entry(target.item).seconds += found.seconds / len(batch)
+            for number in numbers:
+                self._entry(targets[number].item).seconds += found.seconds / len(numbers)
             self.progress(len(scores), len(targets))
         for number, target in enumerate(targets):
             self._entry(target.item).add(target, scores[number], merge)
@@ -192,7 +192,7 @@ class SparsityLM(TextLM):
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
-        texts: dict[int, str] = {}
+        plan, works = [], []
         for numbers in groups.values():
             options = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks))
             until = [stop for stop in options.pop("until", None) or [] if stop]
@@ -208,11 +208,15 @@ class SparsityLM(TextLM):
                 items = [_item(requests[n]) for n in chunk]
                 own = [draws[n] for n in chunk]
                 batch = PromptBatch([prompts[n][-room:] for n in chunk], items, own, length, until, options)
-                found = answer(self.journal, ("generate", batch), partial(self._generate, batch))
-                spent = found.seconds / len(chunk)
-                for number, item, generation in zip(chunk, items, found.results, strict=True):
-                    texts[number] = self._log_generation(item, generation, until, spent)
-                self.progress(len(texts), len(requests))
+                plan.append((chunk, batch))
+                works.append(Work(batch))
+        texts: dict[int, str] = {}
+        for place, found in answers(self.journal, works, self.compute):
+            chunk, batch = plan[place]
+            spent = found.seconds / len(chunk)
+            for number, item, generation in zip(chunk, batch.items, found.results, strict=True):
+                texts[number] = self._log_generation(item, generation, batch.until, spent)
+            self.progress(len(texts), len(requests))
         return [texts[number] for number in range(len(requests))]
 
     def _log_generation(self, item: Hashable, generation: Generation, until: list[str], seconds: float) -> str:
@@ -226,6 +230,20 @@ class SparsityLM(TextLM):
 
     def _entry(self, item: Hashable) -> ItemLog:
         return self.log.setdefault(item, ItemLog())
+
+    def compute(self, work: Work) -> list[Any]:
+        """Answer one planned batch on this process's model.
+
+        Args:
+            work: The batch.
+        """
+        if isinstance(work.batch, PromptBatch):
+            return self._generate(work.batch)
+        before, self.check_greedy = self.check_greedy, work.check_greedy
+        try:
+            return self._score(work.batch)
+        finally:
+            self.check_greedy = before
 
     @abstractmethod
     def _score(self, targets: Sequence[Target]) -> list[Score]:

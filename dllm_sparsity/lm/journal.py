@@ -1,12 +1,32 @@
-"""The hook through which a backend remembers batches that it answered before."""
+"""Planned batches of requests, and the hook through which they are remembered or answered elsewhere."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from dllm_sparsity.lm.items import PromptBatch, Target
+
+
+@dataclass(frozen=True)
+class Work:
+    """A planned batch.
+
+    Args:
+        batch: Targets to score, or prompts to answer.
+        check_greedy: Whether `is_greedy` of the targets is asked for.
+    """
+
+    batch: Sequence[Target] | PromptBatch
+    check_greedy: bool = False
+
+    @property
+    def key(self) -> str:
+        """Digest of what is asked."""
+        return hashlib.sha256(repr((self.check_greedy, self.batch)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -17,40 +37,44 @@ class Answer:
     seconds: float
 
 
+Compute = Callable[[Work], list[Any]]
+"""Answers one batch here, on this process's model."""
+
+
 class Journal(Protocol):
-    """What remembers answered batches; they are asked for in the order that the requests fix."""
+    """What remembers answered batches, or has them answered elsewhere."""
 
-    def known(self, key: str) -> Answer | None:
-        """Return the answer of the next batch where it was given before, with all that was counted in it.
-
-        Args:
-            key: Digest of the batch's requests.
-        """
-
-    def add(self, key: str, answer: Answer) -> None:
-        """Remember the answer of the next batch, with all that was counted since the one before.
+    def answers(self, works: Sequence[Work], compute: Compute) -> Iterator[tuple[int, Answer]]:
+        """Yield the place and the answer of each batch, in any order.
 
         Args:
-            key: Digest of the batch's requests.
-            answer: What it gave.
+            works: Planned batches.
+            compute: Answers one here.
         """
+        ...
 
 
-def answer(journal: Journal | None, requests: object, compute: Callable[[], list[Any]]) -> Answer:
-    """Answer one batch, from the journal where it is known.
+def answers(journal: Journal | None, works: Sequence[Work], compute: Compute) -> Iterator[tuple[int, Answer]]:
+    """Yield the place and the answer of each batch, in any order where there is a journal.
 
     Args:
         journal: Remembers batches; None computes every one.
-        requests: The batch as plain data whose `repr` tells it from every other.
+        works: Planned batches.
+        compute: Answers one.
+    """
+    if journal is not None:
+        yield from journal.answers(works, compute)
+        return
+    for place, work in enumerate(works):
+        yield place, timed(work, compute)
+
+
+def timed(work: Work, compute: Compute) -> Answer:
+    """Answer one batch here.
+
+    Args:
+        work: The batch.
         compute: Answers it.
     """
-    key = "" if journal is None else hashlib.sha256(repr(requests).encode()).hexdigest()
-    known = None if journal is None else journal.known(key)
-    if known is not None:
-        return known
     started = time.perf_counter()
-    results = compute()
-    found = Answer(results, time.perf_counter() - started)
-    if journal is not None:
-        journal.add(key, found)
-    return found
+    return Answer(compute(work), time.perf_counter() - started)

@@ -23,7 +23,8 @@ class ModelSource:
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code that comes with the model may run.
         dtype: float32, bfloat16 or float16.
-        device: A torch device, such as cpu or cuda:0.
+        device: A torch device, such as cpu or cuda:0; meta leaves the weights out, for what only plans.
+        device_map: How accelerate spreads the layers over several devices, such as `auto`; None puts all on `device`.
     """
 
     model: str
@@ -31,6 +32,7 @@ class ModelSource:
     trust_remote_code: bool = False
     dtype: str = "float32"
     device: str = "cpu"
+    device_map: str | None = None
 
 
 def load(source: ModelSource) -> tuple[Any, Any]:
@@ -53,16 +55,30 @@ def load(source: ModelSource) -> tuple[Any, Any]:
         from dllm_sparsity.lm.shims import remote_code
 
         with remote_code(source.model, config, auto.__name__, keys) as done:
-            model = auto.from_pretrained(
-                source.model, config=config, dtype=getattr(torch, source.dtype), use_safetensors=True, **keys
-            )
+            model = _empty(auto, config, source) if device.type == "meta" else _full(auto, config, source, keys)
         tokenizer = AutoTokenizer.from_pretrained(source.model, **keys)
     except _LOAD_ERRORS as error:
         raise _load_error(source, error) from error
     if getattr(model, "generation_config", None) is None:
         model.generation_config = GenerationConfig()
     model.shims = tuple(done)
-    return model.to(device).eval(), tokenizer
+    spread = device.type == "meta" or source.device_map is not None
+    return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def _full(auto: Any, config: Any, source: ModelSource, keys: dict[str, Any]) -> Any:
+    """Return a model with its weights."""
+    spread = {"device_map": source.device_map} if source.device_map is not None else {}
+    dtype = getattr(torch, source.dtype)
+    return auto.from_pretrained(source.model, config=config, dtype=dtype, use_safetensors=True, **keys, **spread)
+
+
+def _empty(auto: Any, config: Any, source: ModelSource) -> Any:
+    """Return a model without its weights."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return auto.from_config(config, dtype=getattr(torch, source.dtype), trust_remote_code=source.trust_remote_code)
 
 
 def check_exists(model: str, revision: str | None = None) -> None:
@@ -207,6 +223,8 @@ def check_paradigm(model: Any, name: str, bidirectional: bool) -> None:
     Raises:
         UserError: It is the other kind.
     """
+    if next(model.parameters()).is_meta:
+        return  # without its weights it cannot be tried; those who run it do
     if sees_right_context(model) == bidirectional:
         return
     if bidirectional:

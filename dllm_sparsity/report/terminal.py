@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dllm_sparsity.analysis.amounts import amounts
-from dllm_sparsity.analysis.findings import first_worse
+from dllm_sparsity.analysis.findings import allocation_findings, first_worse
 from dllm_sparsity.analysis.headline import headline
 from dllm_sparsity.report import words
 
@@ -67,8 +67,14 @@ def render(summary: dict[str, Any]) -> Group:
     if not rows:
         return Group(_text("no curve yet: a dense cell and a cell with a rule must both be finished"), *notes)
     against = _against_dense(summary, rows, several_rules)
+    layerwise = [Padding(_text(words), (0, 0, 1, 0)) for words in allocation_findings(summary.get("search"))]
     return Group(
-        table, Padding(_text(explained), (1, 0, 1, 0)), against, Padding(_text(_AGAINST), (1, 0, 0, 0)), *notes
+        table,
+        Padding(_text(explained), (1, 0, 1, 0)),
+        *layerwise,
+        against,
+        Padding(_text(_AGAINST), (1, 0, 0, 0)),
+        *notes,
     )
 
 

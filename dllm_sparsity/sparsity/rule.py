@@ -83,6 +83,14 @@ class Rule(ABC):
             where: Where the rows come from.
         """
 
+    def at(self, layer: int) -> Rule:
+        """Return the rule that acts in a layer: this one, unless a rule tells layers apart.
+
+        Args:
+            layer: Index of the layer.
+        """
+        return self
+
     def fused(self, width: int) -> Cut | None:
         """Return the cutoff for the fused kernel, or None where only `keep` knows.
 
@@ -110,6 +118,17 @@ class Rule(ABC):
                 f"strength {value!r} is out of range for {name}",
                 f"give a number in {left}{self.low:g}, {right}; {self.dense:g} is dense",
             )
+
+
+def acting(rule: Rule | None, layer: int) -> Rule | None:
+    """Return what acts in a layer; None where everything is kept, so that the layer is left alone.
+
+    Args:
+        rule: As a user gave it.
+        layer: Index of the layer.
+    """
+    own = None if rule is None or rule.is_dense else rule.at(layer)
+    return None if own is None or own.is_dense else own
 
 
 class CutoffRule(Rule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -128,3 +128,28 @@ def expand(sites: str | Sequence[str]) -> tuple[str, ...]:
     if not wanted:
         raise UserError("no site given", f"sites are: {', '.join(PRIMITIVE_SITES)}, all")
     return tuple(site for site in PRIMITIVE_SITES if site in wanted)
+
+
+def choose(ffns: list[FFN], sites: tuple[str, ...], layers: Iterable[int] | None) -> list[FFN]:
+    """Return the FFNs of the layers asked for, all of which have the sites.
+
+    Args:
+        ffns: Of a model.
+        sites: Primitive sites.
+        layers: All when None.
+
+    Raises:
+        UserError: A layer or site does not exist.
+    """
+    if layers is not None:
+        wanted = set(layers)
+        unknown = sorted(wanted - {ffn.layer for ffn in ffns})
+        if unknown or not wanted:
+            raise UserError(f"no such layers: {unknown}", f"the model has layers 0 to {max(f.layer for f in ffns)}")
+        ffns = [ffn for ffn in ffns if ffn.layer in wanted]
+    for ffn in ffns:
+        for site in sites:
+            if site not in ffn.points:
+                reason = ffn.missing.get(site, "its form has no such site")
+                raise UserError(f"{ffn.name} has no site {site}: {reason}", f"it has: {', '.join(ffn.points)}")
+    return ffns

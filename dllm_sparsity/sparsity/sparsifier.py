@@ -19,7 +19,7 @@ from dllm_sparsity.sparsity.clock import Clock, FreeClock
 from dllm_sparsity.sparsity.hooks import hook, is_compiled, one_token, run_once
 from dllm_sparsity.sparsity.ledger import Ledger, Point
 from dllm_sparsity.sparsity.reading import Reading
-from dllm_sparsity.sparsity.rule import Rule
+from dllm_sparsity.sparsity.rule import Rule, acting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +88,7 @@ class Tracker:
         self.sites = site_names.expand(sites)
         self.clock = clock if clock is not None else FreeClock()
         self.notes = [] if clock is not None else [NO_CLOCK]
-        self.ffns = _choose(_find(model), self.sites, layers)
+        self.ffns = site_names.choose(_find(model), self.sites, layers)
         asked = [metrics] if isinstance(metrics, str) else metrics
         kinds = [registry.get("metrics", name) for name in dict.fromkeys(("density", *asked))]
         usable = [kind() for kind in kinds if clock is not None or not kind.needs_clock]
@@ -97,15 +97,14 @@ class Tracker:
             [Point(ffn.layer, site, ffn.device_of, ffn.points[site].width, ffn.experts) for ffn, site in self._points],
             usable,
         )
-        active = None if rule is None or rule.is_dense else rule
         self._actions = [
-            Action(number, ffn, site, ffn.points[site], active, self.clock, self.ledger)
+            Action(number, ffn, site, ffn.points[site], acting(rule, ffn.layer), self.clock, self.ledger)
             for number, (ffn, site) in enumerate(self._points)
         ]
         self._undo: dict[int, Callable[[], None]] = {}  # point -> what detaches it
         self.kernels: dict[str, int] = {}
         self._fired: set[int] = set()
-        self._checked = self._trying = False
+        self.checked = self._trying = False
 
     def __enter__(self) -> Tracker:
         if self._undo:
@@ -143,8 +142,8 @@ class Tracker:
             if kind is None:
                 self.ledger.flush(self.clock)  # a request batch that is still open counts so far
             self.clock.listeners.remove(self.ledger)
-        if kind is None and not self._checked:
-            self._check_fired("in the block")
+        if kind is None:
+            self.check("in the block")
 
     def read(self) -> Reading:
         """Return everything counted so far.
@@ -174,7 +173,7 @@ class Tracker:
     def _attach(self) -> None:
         """Attach every point: by a kernel that makes its rows where the form is known, else by a hook."""
         acts = [self._act(number) for number in range(len(self._points))]
-        fuses = self.ledger.fusable and self._actions[0].fuses
+        fuses = self.ledger.fusable and all(action.fuses for action in self._actions)
         for ffn in self.ffns if fuses else ():
             numbers = {site: n for n, (other, site) in enumerate(self._points) if other is ffn}
             undo = fusing.take_over(ffn, {site: acts[number] for site, number in numbers.items()})
@@ -208,7 +207,7 @@ class Tracker:
         """
         norms = [number for number in self._taken if self._points[number][1] == "input"]
         ids = one_token(self.model)
-        if not self._checked:
+        if not self.checked:
             self._give_back(list(self._taken))
         elif norms and ids is not None:
             fused_output = self._probe_output(norms, ids)
@@ -263,10 +262,17 @@ class Tracker:
             self.notes.append(f"no dry run ({type(error).__name__}): sites are checked when the block ends")
             self._fired.clear()
             return
-        self._check_fired("in a dry run")
-        self._checked = True
+        self.check("in a dry run")
 
-    def _check_fired(self, where: str) -> None:
+    def check(self, where: str) -> None:
+        """Make sure that every site acted on every layer; nothing more to do once they all did.
+
+        Args:
+            where: For the message.
+
+        Raises:
+            UserError: Some never fired.
+        """
         dead = [f"layer {ffn.layer} {site}" for n, (ffn, site) in enumerate(self._points) if n not in self._fired]
         if dead:
             shown = ", ".join(dead[:4]) + (f" and {len(dead) - 4} more" if len(dead) > 4 else "")
@@ -274,23 +280,9 @@ class Tracker:
                 f"these sites never fired {where}: {shown}",
                 "a fused kernel or a changed forward may bypass the module; turn it off, or choose other sites",
             )
+        self.checked = True
 
 
 def _find(model: nn.Module) -> list[FFN]:
     """Return the model's FFNs; families are reached through the registry, they stand on a higher floor."""
     return registry.load("dllm_sparsity.families:find_ffns")(model)
-
-
-def _choose(ffns: list[FFN], sites: tuple[str, ...], layers: Iterable[int] | None) -> list[FFN]:
-    if layers is not None:
-        wanted = set(layers)
-        unknown = sorted(wanted - {ffn.layer for ffn in ffns})
-        if unknown or not wanted:
-            raise UserError(f"no such layers: {unknown}", f"the model has layers 0 to {max(f.layer for f in ffns)}")
-        ffns = [ffn for ffn in ffns if ffn.layer in wanted]
-    for ffn in ffns:
-        for site in sites:
-            if site not in ffn.points:
-                reason = ffn.missing.get(site, "its form has no such site")
-                raise UserError(f"{ffn.name} has no site {site}: {reason}", f"it has: {', '.join(ffn.points)}")
-    return ffns

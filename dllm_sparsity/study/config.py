@@ -27,6 +27,8 @@ class ModelConfig(_Frozen):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """How accelerate spreads a model over several GPUs, where it is too large for one."""
     batch_size: int = Field(default=16, ge=1)
     max_length: int | None = Field(default=None, ge=2)
     mask_token: str | int | None = None
@@ -110,6 +112,10 @@ class SearchConfig(_Frozen):
     """The 95 % interval is to be narrower than this, in sparsity."""
     budget: int | None = Field(default=None, ge=1)
     """Most item-evaluations for each curve, dense ones included; None for no limit."""
+    layerwise: bool = False
+    """Whether to look for strengths by layer that reach more sparsity in all than one strength for all layers."""
+    layerwise_items: int = Field(default=128, ge=16)
+    """Items on which each layer is measured alone; with a budget as many as it allows, for it holds here once more."""
 
     @field_validator("retentions")
     @classmethod

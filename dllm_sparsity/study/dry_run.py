@@ -117,6 +117,7 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
     if config.search is not None:
         notes.append(
             f"the search is taken to go through the items {_SEARCH_RUNS} times for each rule and site: a guess"
+            + (", twice with its allocation by layer" if config.search.layerwise else "")
         )
     return found
 
@@ -127,6 +128,7 @@ def _model(
     planner, price, why = None, None, ""
     curves = sum(len(rule.sites) for rule in config.rules)
     searched = _SEARCH_RUNS * curves if config.search is not None else 0
+    searched *= 2 if config.search is not None and config.search.layerwise else 1
     try:
         architecture = find_architecture(resolve(model.model), model.revision)
         built = build(architecture, model.trust_remote_code)

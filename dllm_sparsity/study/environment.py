@@ -145,22 +145,33 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def describe_model(lm: Any, config: ModelConfig, weights: dict[str, str]) -> dict[str, Any]:
-    """Return how a model was run.
+def model_settings(lm: Any) -> dict[str, Any]:
+    """Return how a loaded model computes.
 
     Args:
-        lm: Its backend, loaded.
-        config: The model as the study has it.
-        weights: What `weights_identity` returned for it.
+        lm: Its backend.
     """
     settings = getattr(lm.model, "config", None)
     parameter = next(iter(lm.model.parameters()), None)
+    return {
+        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
+        "attention": getattr(settings, "_attn_implementation", None),
+    }
+
+
+def describe_model(settings: dict[str, Any], config: ModelConfig, weights: dict[str, str]) -> dict[str, Any]:
+    """Return how a model was run.
+
+    Args:
+        settings: What `model_settings` returned for it.
+        config: The model as the study has it.
+        weights: What `weights_identity` returned for it.
+    """
     text = json.dumps(weights, sort_keys=True)
     return {
         "revision": weights.get("commit") or config.revision,
         "weights": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "dtype": None if parameter is None else str(parameter.dtype).removeprefix("torch."),
-        "attention": getattr(settings, "_attn_implementation", None),
+        **settings,
     }
 
 

@@ -1,13 +1,14 @@
 """The journal of a cell that is not sealed yet: each answered batch with what was counted in it.
 
-A batch is known by its place and by a digest of its requests. A run that was broken off takes the batches of its
-journal as they are and computes the rest; counts are sums of whole numbers, so both ways give the same tables.
+A batch is known by a digest of its requests. A run that was broken off takes the batches of its journal as they are
+and has the rest answered; counts are sums of whole numbers, so both ways, and every order, give the same tables.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+import logging
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from typing import Any
 import pyarrow as pa
 
 from dllm_sparsity.lm.items import Generation, Score
-from dllm_sparsity.lm.journal import Answer
+from dllm_sparsity.lm.journal import Answer, Compute, Work
 from dllm_sparsity.sparsity.clock import Clock
 from dllm_sparsity.sparsity.frame import Phase, TokenState
-from dllm_sparsity.sparsity.reading import KEYS, PerItem, Reading, add_items
-from dllm_sparsity.sparsity.sparsifier import Tracker
-from dllm_sparsity.study import collect
+from dllm_sparsity.sparsity.reading import KEYS, PerItem, add_items
+from dllm_sparsity.study.counted import Counted, Source
 from dllm_sparsity.study.recordfile import RecordFile
 from dllm_sparsity.study.records import PRIMITIVE_SITES, steps_schema
 
@@ -32,6 +32,7 @@ _ORDER: dict[str, list[str]] = {
     "token_state": [state.name.lower() for state in TokenState],
 }
 _PENDING_ROWS = 500_000
+_log = logging.getLogger(__name__)
 
 
 class CellJournal:
@@ -40,70 +41,83 @@ class CellJournal:
     Args:
         path: The journal.
         fingerprint: The cell's; a journal of another cell is dropped.
-        tracker: Counts; what it holds is taken after each batch.
-        keep_last: Whether the last batch on disk may stand; if not it is computed again, for a tracker that needs to
-            see a forward pass.
+        source: Answers the batches that the journal does not have. Where it does not know that every site acts, one
+            batch is answered again.
 
     Raises:
         UserError: The disk is full or cannot be written to.
     """
 
-    def __init__(self, path: Path, fingerprint: str, tracker: Tracker, keep_last: bool = True) -> None:
-        self._tracker, self._sums = tracker, Sums()
-        self.replayed, self.replayed_seconds = 0, 0.0
-        self._place = 1  # record 0 says whose journal it is
+    def __init__(self, path: Path, fingerprint: str, source: Source) -> None:
+        self._source, self._sums = source, Sums()
+        self.batches, self.replayed, self.replayed_seconds = 0, 0, 0.0
+        self._notes: dict[str, None] = {}
         self._file = RecordFile(path)
         try:
-            owner = json.dumps({"fingerprint": fingerprint}).encode()
+            owner = json.dumps({"fingerprint": fingerprint}).encode()  # record 0 says whose journal it is
             if len(self._file) and self._file.read(0) != owner:
                 self._file.cut(0, "the journal of another cell")
             if not len(self._file):
                 self._file.append(owner)
-            if len(self._file) > 1 and not keep_last:
+            if len(self._file) > 1 and not source.checked:
                 self._file.cut(len(self._file) - 1, "the last batch is computed again, to see every site at work")
+            self._numbers = self._index()
         except BaseException:
             self._file.close()
             raise
 
-    def known(self, key: str) -> Answer | None:
-        """Return the answer of the next batch where the journal has it.
+    def _index(self) -> dict[str, list[int]]:
+        """Return the records of each digest, the last first."""
+        numbers: dict[str, list[int]] = {}
+        for number in reversed(range(1, len(self._file))):
+            content = self._file.read(number)
+            if content is not None:
+                numbers.setdefault(json.loads(content.partition(b"\n")[0])["key"], []).append(number)
+        return numbers
+
+    def answers(self, works: Sequence[Work], compute: Compute) -> Iterator[tuple[int, Answer]]:
+        """Yield the place and the answer of each batch: first those that are on disk, then the others as they come.
 
         Args:
-            key: Digest of the batch's requests.
-
-        Raises:
-            UserError: The journal cannot be read.
-        """
-        if self._place >= len(self._file):
-            return None
-        content = self._file.read(self._place)
-        head, _, table = (content or b"").partition(b"\n")
-        if content is None or (entry := json.loads(head))["key"] != key:
-            self._file.cut(self._place, "damaged" if content is None else "a batch of other requests")
-            return None
-        kind = _KINDS.get(entry["kind"])
-        found = Answer([kind(**values) for values in entry["results"]] if kind else [], entry["seconds"])
-        counts = {_item(item): {site: (k, t) for site, k, t in sites} for item, sites in entry["items"]}
-        self._sums.add(_unpacked(table), counts)
-        _tell(self._tracker.clock, entry["notes"], entry["overlap_refused"])
-        self._place += 1
-        self.replayed += 1
-        self.replayed_seconds += found.seconds
-        return found
-
-    def add(self, key: str, answer: Answer) -> None:
-        """Write the answer of the next batch, with what the tracker counted in it.
-
-        Args:
-            key: Digest of the batch's requests.
-            answer: What it gave.
+            works: Planned batches.
+            compute: Answers one on this process's model.
 
         Raises:
             UserError: The disk is full or cannot be written to; the batches before are kept.
             NonFiniteError: An activation was NaN or infinite.
         """
-        reading = self._tracker.take()
-        table = collect.step_table(reading.columns)
+        missing: list[tuple[int, Work]] = []
+        for place, work in enumerate(works):
+            known = self._known(work.key)
+            if known is None:
+                missing.append((place, work))
+            else:
+                yield place, known
+        for place, counted in self._source.counted(missing, compute):
+            if counted.answer is not None:
+                self._write(works[place].key, counted, counted.answer)
+                yield place, counted.answer
+
+    def _known(self, key: str) -> Answer | None:
+        """Return the answer of a batch where the journal has it, and count what was counted in it."""
+        numbers = self._numbers.get(key)
+        if not numbers:
+            return None
+        content = self._file.read(numbers.pop())
+        if content is None:
+            _log.warning("%s: a batch is damaged and computed again", self._file.path)
+            return None
+        head, _, table = content.partition(b"\n")
+        entry = json.loads(head)
+        kind = _KINDS.get(entry["kind"])
+        found = Answer([kind(**values) for values in entry["results"]] if kind else [], entry["seconds"])
+        counts = {_item(item): {site: (k, t) for site, k, t in sites} for item, sites in entry["items"]}
+        self._count(Counted(found, _unpacked(table), counts, tuple(entry["notes"]), entry["overlap_refused"]))
+        self.replayed += 1
+        self.replayed_seconds += found.seconds
+        return found
+
+    def _write(self, key: str, counted: Counted, answer: Answer) -> None:
         entry = {
             "key": key,
             "kind": type(answer.results[0]).__name__ if answer.results else "",
@@ -111,14 +125,19 @@ class CellJournal:
             "seconds": answer.seconds,
             "items": [
                 [item, [[site, kept, total] for site, (kept, total) in sites.items()]]
-                for item, sites in reading.per_item.items()
+                for item, sites in counted.per_item.items()
             ],
-            "notes": list(self._tracker.clock.notes),
-            "overlap_refused": self._tracker.clock.overlap_refused,
+            "notes": list(counted.notes),
+            "overlap_refused": counted.overlap_refused,
         }
-        self._file.append(json.dumps(entry, default=_plain).encode() + b"\n" + _packed(table))
-        self._sums.add(table, reading.per_item)
-        self._place += 1
+        self._file.append(json.dumps(entry, default=_plain).encode() + b"\n" + _packed(counted.steps))
+        self._count(counted)
+
+    def _count(self, counted: Counted) -> None:
+        self.batches += counted.answer is not None
+        self._sums.add(counted.steps, counted.per_item)
+        self._notes |= dict.fromkeys(counted.notes)
+        _tell(self._source.clock, counted.notes, counted.overlap_refused)
 
     def finish(self) -> tuple[pa.Table, PerItem, tuple[str, ...]]:
         """Return the step records, the kept and total counts of each item, and the notes, over all batches.
@@ -126,14 +145,10 @@ class CellJournal:
         Raises:
             NonFiniteError: An activation was NaN or infinite.
         """
-        rest: Reading = self._tracker.take()  # what was counted outside of a batch
-        self._sums.add(collect.step_table(rest.columns), rest.per_item)
-        return self._sums.steps(), self._sums.per_item, rest.notes
-
-    @property
-    def batches(self) -> int:
-        """Number of batches that were answered."""
-        return self._place - 1
+        rest = self._source.rest()
+        if rest is not None:
+            self._count(rest)
+        return self._sums.steps(), self._sums.per_item, tuple(self._notes)
 
     def close(self) -> None:
         """Close the file; it stays until the cell is sealed."""
@@ -214,7 +229,7 @@ def _item(item: Any) -> Hashable:
     return tuple(_item(part) for part in item) if isinstance(item, list) else item
 
 
-def _tell(clock: Clock, notes: list[str], overlap_refused: bool) -> None:
+def _tell(clock: Clock, notes: Sequence[str], overlap_refused: bool) -> None:
     """Bring a clock to where it stood behind a batch."""
     for note in notes:
         clock.note(note)

@@ -36,7 +36,7 @@ def open_backend(config: ModelConfig, device: str, seed: int) -> Any:
 
     Args:
         config: The model and how it is run.
-        device: A torch device, or `auto`.
+        device: A torch device, or `auto`; meta leaves the weights out.
         seed: Seed of everything random.
 
     Raises:
@@ -44,8 +44,14 @@ def open_backend(config: ModelConfig, device: str, seed: int) -> Any:
     """
     from dllm_sparsity.lm.loading import ModelSource
 
+    where = choose_device(device)
     source = ModelSource(
-        resolve(config.model), config.revision, config.trust_remote_code, config.dtype, choose_device(device)
+        resolve(config.model),
+        config.revision,
+        config.trust_remote_code,
+        config.dtype,
+        where,
+        config.device_map if where != "meta" else None,
     )
     settings: dict[str, Any] = {"batch_size": config.batch_size, "max_length": config.max_length, "seed": seed}
     if config.pipeline is not None:

@@ -28,6 +28,7 @@ class Cell:
         sites: Primitive sites that are recorded.
         block: Start and stop of the items that a search asked for, in its order; None for all items.
         replicate: Number of a further dense run, whose requests are batched in another order; 0 for the first run.
+        probe: Whether it only helps to plan others, so that no curve is made of it.
     """
 
     model: ModelConfig
@@ -38,6 +39,7 @@ class Cell:
     sites: tuple[str, ...]
     block: tuple[int, int] | None = None
     replicate: int = 0
+    probe: bool = False
 
     @property
     def title(self) -> str:
@@ -45,7 +47,8 @@ class Cell:
         where = "dense" if self.rule is None else f"{self.rule.name} {self.strength:g} {self.site}"
         where += f", run {self.replicate + 1}" if self.replicate else ""
         items = "" if self.block is None else f" | items {self.block[0]} to {self.block[1]}"
-        return f"{self.model.name} | {self.task.name or self.task.text} | {where}{items}"
+        alone = f" | layers {list(self.rule.layers)} alone" if self.probe and self.rule and self.rule.layers else ""
+        return f"{self.model.name} | {self.task.name or self.task.text} | {where}{alone}{items}"
 
 
 def expand(config: StudyConfig) -> list[Cell]:
@@ -98,6 +101,17 @@ def with_block(cell: Cell, start: int, stop: int) -> Cell:
     return replace(cell, block=(start, stop))
 
 
+def probe_cell(cell: Cell, layers: tuple[int, ...] | None = None) -> Cell:
+    """Return a cell that only helps to plan others, its rule on some layers alone.
+
+    Args:
+        cell: The cell.
+        layers: The layers; None leaves the rule as it is.
+    """
+    rule = cell.rule if cell.rule is None or layers is None else cell.rule.model_copy(update={"layers": layers})
+    return replace(cell, rule=rule, probe=True)
+
+
 def item_order(items: int, seed: int) -> list[int]:
     """Return the order in which a search takes the items of a task: at random, so that the first are like the others.
 
@@ -136,8 +150,10 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
     if cell.task.mc is not None:
         model["mc"] = cell.task.mc
     if cell.model.paradigm == "autoregressive":
-        only = ("paradigm", "revision", "trust_remote_code", "dtype", "batch_size", "max_length")
+        only = ("paradigm", "revision", "trust_remote_code", "dtype", "device_map", "batch_size", "max_length")
         model = {name: model[name] for name in only}
+    if model.get("device_map") is None:
+        model.pop("device_map", None)  # of no account where it is not given
     rule = None
     if cell.rule is not None:
         rule = {
@@ -152,6 +168,7 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
         only_some["replicate"] = cell.replicate
     return {
         **only_some,
+        **({"probe": True} if cell.probe else {}),
         "model": model,
         "name": cell.model.name,  # changes no answer, but a sealed cell carries it
         "weights": weights,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
 import pyarrow as pa
 
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.sparsity.sparsifier import sparsify
 from dllm_sparsity.study import collect
-from dllm_sparsity.study.environment import describe_data
+from dllm_sparsity.study.attached import Host, Setting, prepared
+from dllm_sparsity.study.environment import describe_data, describe_model
 from dllm_sparsity.study.journal import CellJournal
-from dllm_sparsity.study.models import make_rule
 from dllm_sparsity.study.plan import Cell, item_order
 from dllm_sparsity.study.records import SCHEMA_VERSION, CellRecord
 from dllm_sparsity.study.rundir import RunDir
@@ -24,7 +22,7 @@ from dllm_sparsity.study.tasks import LoadedTask
 def run_cell(
     cell: Cell,
     task: LoadedTask,
-    lm: Any,
+    host: Host,
     fingerprint: str,
     parts: dict[str, Any],
     environment: dict[str, Any],
@@ -35,7 +33,7 @@ def run_cell(
     Args:
         cell: What to run.
         task: The task, loaded.
-        lm: The backend, loaded.
+        host: Where the model is.
         fingerprint: Name of the cell's folder.
         parts: What the fingerprint was made of.
         environment: Versions and machine.
@@ -46,21 +44,24 @@ def run_cell(
     """
     from lm_eval.evaluator import evaluate
 
-    rule = None
-    if cell.rule is not None and cell.strength is not None:
-        rule = make_rule(cell.rule.name, cell.strength, cell.rule.parameters)
+    lm, setting = host.lm, Setting.of(cell, parts["seed"])
+    if cell.replicate and not hasattr(lm, "order_seed"):
+        raise UserError(
+            f"backend {cell.model.paradigm} cannot batch its requests in another order", "leave out replicates"
+        )
     layers = cell.rule.layers if cell.rule is not None else None
     task.task.set_fewshot_seed(seed=parts["seed"])  # lm-eval draws on from cell to cell; pairs need the same examples
     chosen = None
     if cell.block is not None:
         chosen = sorted(item_order(task.items, parts["seed"])[slice(*cell.block)])
     started = time.perf_counter()
-    with _set_up(lm, cell, task):
+    with prepared(lm, setting):
         with (
-            sparsify(lm.model, rule, cell.sites, layers=layers, clock=lm.clock) as tracker,
-            closing(CellJournal(rundir.journal_path(fingerprint), fingerprint, tracker, tracker._checked)) as journal,
+            host.attached(setting) as source,
+            closing(CellJournal(rundir.journal_path(fingerprint), fingerprint, source)) as journal,
         ):
-            lm.journal = journal
+            lm.journal, lm.check_greedy = journal, needs_greedy(task.task)
+            lm.order_seed = cell.replicate or None
             results: Any = evaluate(
                 lm,
                 {"tasks": {task.name: task.task}},
@@ -71,6 +72,7 @@ def run_cell(
                 apply_chat_template=cell.task.chat_template,
                 confirm_run_unsafe_code=cell.task.run_code,
             )
+            facts = host.facts(setting)
         estimator = lm.estimator
         steps, per_item, notes = journal.finish()
     seconds = time.perf_counter() - started + journal.replayed_seconds
@@ -80,7 +82,6 @@ def run_cell(
     samples = _named(samples, chosen)
     if not len(samples):
         raise UserError(f"task {task.name} gave no items", "raise --limit, or choose another task")
-    ffn = tracker.ffns[0]
     generates = task.output_type == "generate_until"
     record: CellRecord = {
         "schema": SCHEMA_VERSION,
@@ -101,19 +102,17 @@ def run_cell(
         "qualities": collect.qualities(task.task, samples),
         "estimator": None if generates else estimator,
         "shifted_steps": cell.model.paradigm == "autoregressive",
-        "ffn": {
-            "d_model": ffn.d_model,
-            "d_ffn": ffn.d_ffn,
-            "num_layers": len({f.layer for f in tracker.ffns}),
-            "gated": ffn.gated,
-            "uniform": len({(f.d_model, f.d_ffn) for f in tracker.ffns}) == 1,
-        },
+        "ffn": facts.ffn,
         "simulated": True,
         "items": len(samples),
         "totals": {**collect.totals(samples), "wall_seconds": seconds},
         "parts": parts,
-        "environment": {**environment, "data": describe_data(task.task, samples["prompt_hash"].to_pylist())},
-        "notes": [*notes, *getattr(lm.model, "shims", ())],
+        "environment": {
+            **environment,
+            "model": describe_model(facts.model, cell.model, parts["weights"]),
+            "data": describe_data(task.task, samples["prompt_hash"].to_pylist()),
+        },
+        "notes": [*notes, *facts.shims],
     }
     if cell.replicate:
         record["replicate"] = cell.replicate
@@ -137,29 +136,6 @@ def _named(samples: pa.Table, chosen: list[int] | None) -> pa.Table:
     index = samples.column_names.index("doc_id")
     documents = pa.array([chosen[place] for place in samples["doc_id"].to_pylist()], type=pa.int64())
     return samples.set_column(index, samples.schema.field("doc_id"), documents)
-
-
-@contextmanager
-def _set_up(lm: Any, cell: Cell, task: LoadedTask) -> Iterator[None]:
-    """Set a backend up for one cell, and leave it as it was: no cell knows what ran before it."""
-    if cell.replicate and not hasattr(lm, "order_seed"):
-        raise UserError(
-            f"backend {cell.model.paradigm} cannot batch its requests in another order", "leave out replicates"
-        )
-    lm.log.clear()
-    lm.order_seed = cell.replicate or None
-    lm.check_greedy = needs_greedy(task.task)
-    mc, notes, refused = getattr(lm, "mc", None), len(lm.clock.notes), lm.clock.overlap_refused
-    if cell.task.mc is not None and mc is not None:
-        lm.mc = cell.task.mc
-    try:
-        yield
-    finally:
-        lm.journal = lm.order_seed = None
-        if mc is not None:
-            lm.mc = mc
-        del lm.clock.notes[notes:]
-        lm.clock.overlap_refused = refused
 
 
 def needs_greedy(task: Any) -> bool:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from dllm_sparsity.study.offline import is_offline
 
 TRACKERS = ["trackio", "wandb"]
 PROJECT = "dllm-sparsity"
+_PATIENCE_SECONDS = 30.0
 _SENDS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
@@ -59,7 +61,7 @@ class Tracking:
         self._study, self._path, self._progress, self._numbers = study, path, progress, numbers
         self._named, self._tracker = tracker, None if isinstance(tracker, str) else tracker
         self._told: set[str] = set()
-        self._begun = False
+        self._begun, self._last, self._failure = False, 0.0, ""
         if isinstance(tracker, str):
             _check(tracker)
 
@@ -69,6 +71,7 @@ class Tracking:
     def __exit__(self, *error: object) -> None:
         if self._tracker is not None:
             self._safely(self._tracker.finish)
+        self._say()
 
     def start(self, total: float, done: float) -> None:
         """Begin; cells that an earlier run sealed are told first, so that the tracker has the whole study."""
@@ -84,7 +87,9 @@ class Tracking:
         self._progress.cell(title, cost)
 
     def share(self, done: int, total: int) -> None:
-        """Pass on."""
+        """Report requests; engines that run several cells at once say no more than that."""
+        if time.monotonic() - self._last > _PATIENCE_SECONDS:
+            self._tell(aloud=False)
         self._progress.share(done, total)
 
     def stop(self) -> None:
@@ -115,9 +120,18 @@ class Tracking:
             package  # whose own log and finish go to the run that was begun; its end at exit then says nothing
         )
 
-    def _tell(self) -> None:
+    def _tell(self, aloud: bool = True) -> None:
+        self._last = time.monotonic()
         if self._begun and self._tracker is not None:
             self._safely(self._tell_sealed)
+        if aloud:
+            self._say()
+
+    def _say(self) -> None:
+        """Warn of a failure, where warnings are not sent to the log."""
+        if self._failure:
+            logging.getLogger(__name__).warning("%s", self._failure)
+            self._failure = ""
 
     def _tell_sealed(self) -> None:
         try:
@@ -138,7 +152,7 @@ class Tracking:
             who = self._named if isinstance(self._named, str) else type(self._tracker).__name__
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self._named = self._tracker = None
-            logging.getLogger(__name__).warning("%s failed, the study goes on without it: %s", who, said)
+            self._failure = f"{who} failed, the study goes on without it: {said}"
 
 
 def _check(name: str) -> None:

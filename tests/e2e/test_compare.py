@@ -81,7 +81,9 @@ def test_summary_and_table(finished):
 def test_the_same_command_runs_nothing_again(finished, monkeypatch):
     study, result = finished
     before = {path: path.stat().st_mtime_ns for path in result.path.glob("cells/*/DONE")}
-    monkeypatch.setattr("dllm_sparsity.study.engines.local.open_backend", None)  # a model would be loaded to run a cell
+    monkeypatch.setattr(
+        "dllm_sparsity.study.engines.runner.open_backend", None
+    )  # a model would be loaded to run a cell
     again = compare(study, result.path)
     assert {path: path.stat().st_mtime_ns for path in result.path.glob("cells/*/DONE")} == before
     assert again.summary["findings"] == result.summary["findings"]
@@ -98,11 +100,11 @@ def test_resuming_gives_the_same_records(finished, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr("dllm_sparsity.study.engines.local.run_cell", dies)
+    monkeypatch.setattr("dllm_sparsity.study.engines.runner.run_cell", dies)
     with pytest.raises(KeyboardInterrupt):
         compare(study, tmp_path / "run")
     assert len(list(tmp_path.glob("run/cells/[!.]*/DONE"))) == 7
-    monkeypatch.setattr("dllm_sparsity.study.engines.local.run_cell", real)
+    monkeypatch.setattr("dllm_sparsity.study.engines.runner.run_cell", real)
     resumed = compare(study, tmp_path / "run")
     assert cells(resumed.path).keys() == cells(whole.path).keys()
     for name in cells(whole.path):

@@ -7,7 +7,7 @@ import pytest
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import load
-from dllm_sparsity.study.engines import local
+from dllm_sparsity.study.engines import runner
 
 STUDY = {
     "name": "searched",
@@ -51,6 +51,6 @@ def test_every_block_is_a_sealed_cell_of_its_own_items(finished):
 
 
 def test_a_second_run_computes_nothing(finished, monkeypatch):
-    monkeypatch.setattr(local, "open_backend", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(runner, "open_backend", lambda *_: pytest.fail("a model was loaded"))
     again = compare(STUDY, finished.path)
     assert again.summary["search"] == finished.summary["search"]

@@ -84,7 +84,7 @@ def test_cells_are_told_as_they_are_sealed_and_again_by_a_run_that_goes_on(small
         return real(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dllm_sparsity.study.engines.local.run_cell", dies)
+        patch.setattr("dllm_sparsity.study.engines.runner.run_cell", dies)
         with pytest.raises(KeyboardInterrupt):
             compare(small, tmp_path / "run", track=mine)
     assert calls == [0, 1, 2, 3]
@@ -210,3 +210,26 @@ def compared(rows, wanted):
         for name, value in numbers.items():
             assert name in row
             assert name.endswith("/seconds") or row[name] == pytest.approx(value)
+
+
+def test_cells_that_an_engine_seals_meanwhile_are_told_too(small, told, monkeypatch):
+    """Where several machines work, only the number of answered requests is heard of until the end."""
+    from dllm_sparsity.comparison import _Silent
+    from dllm_sparsity.study.config import build_config
+    from dllm_sparsity.study.track import Tracking
+
+    mine, place = Mine(), told[1].path
+    sealed = sorted(folder.name for folder in (place / "cells").iterdir())
+    hidden = place / "cells" / sealed[0] / "DONE"
+    done = hidden.read_bytes()
+    hidden.unlink()
+    now = iter([0.0, 10.0, 31.0, 31.0, 32.0])
+    monkeypatch.setattr("dllm_sparsity.study.track.time.monotonic", lambda: next(now))
+    tracking = Tracking(mine, build_config(small), place, _Silent(), lambda folder: {folder.name: 1.0})
+    tracking.start(1, 0)
+    assert len(mine.told) == 5
+    hidden.write_bytes(done)
+    tracking.share(1, 2)  # ten seconds later
+    assert len(mine.told) == 5
+    tracking.share(2, 2)
+    assert mine.told[5:] == [{sealed[0]: 1.0}]

@@ -17,6 +17,7 @@ from dllm_sparsity.sparsity import fusing
 from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
 from dllm_sparsity.sparsity.kernels import fused, naive
 from dllm_sparsity.sparsity.rule import Rule, Where
+from dllm_sparsity.sparsity.rules.layerwise import Layerwise
 from dllm_sparsity.sparsity.rules.max_p import MaxP
 from dllm_sparsity.sparsity.rules.random import Random
 from dllm_sparsity.sparsity.rules.threshold import Threshold
@@ -169,7 +170,13 @@ def kernels_on(monkeypatch: pytest.MonkeyPatch) -> object:
 
 @pytest.mark.parametrize(
     ("rule", "sites"),
-    [(MaxP(0.2), "all"), (TopP(0.8, ties="minimal"), "intermediate"), (Random(0.7), ("gate", "up")), (None, "input")],
+    [
+        (MaxP(0.2), "all"),
+        (TopP(0.8, ties="minimal"), "intermediate"),
+        (Random(0.7), ("gate", "up")),
+        (None, "input"),
+        (Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4))), "all"),
+    ],
     ids=str,
 )
 def test_a_model_counts_the_same(rule: Rule | None, sites: str, kernels_on: object) -> None:
@@ -200,6 +207,18 @@ def test_a_norm_is_taken_over_and_given_back(kernels_on: object) -> None:
         assert tracker.kernels == {"made by the kernel": 2, "hooked": 0}
         assert "forward" in vars(model.model.layers[0].post_attention_layernorm)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_no_norm_is_taken_over_where_one_layer_needs_the_rows(kernels_on: object) -> None:
+    kernels_on(True)
+    model = tiny.llama(causal=False).to(DEVICE).eval()
+    ids = torch.arange(5, 12, device=DEVICE)[None]
+    rule = Layerwise(1.0, path=((1.0, 1.0), (1.0, 0.4)), parameters={"ties": "minimal"})  # the kernel keeps ties
+    with sparsify(model, rule, "input") as tracker, torch.no_grad():
+        assert tracker.kernels == {"made by the kernel": 0, "hooked": 2}
+        got = model(input_ids=ids).logits
+    with sparsify(model, TopP(0.4, ties="minimal"), "input", layers=[1]), torch.no_grad():
+        assert torch.equal(got, model(input_ids=ids).logits)
 
 
 class NormFeedsTwo(torch.nn.Module):

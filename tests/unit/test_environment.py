@@ -80,6 +80,6 @@ def test_the_revision_is_the_commit_of_the_hub_where_known(known):
 
     lm = SimpleNamespace(model=torch.nn.Linear(1, 1).bfloat16())
     weights = {"hub": "org/name", "commit": "c" * 40} if known else {"model.safetensors": "1"}
-    found = environment.describe_model(lm, SimpleNamespace(revision="main"), weights)
+    found = environment.describe_model(environment.model_settings(lm), SimpleNamespace(revision="main"), weights)
     assert found["revision"] == ("c" * 40 if known else "main")
     assert found["dtype"] == "bfloat16"

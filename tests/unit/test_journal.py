@@ -10,13 +10,14 @@ import torch
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.distributed import KEYS, merge
-from dllm_sparsity.lm.items import Generation, Score
-from dllm_sparsity.lm.journal import Answer, answer
+from dllm_sparsity.lm.items import Generation, Score, Target
+from dllm_sparsity.lm.journal import Answer, Work, answers
 from dllm_sparsity.sparsity.clock import Clock, Compare, Phase, Slot, TokenState
 from dllm_sparsity.sparsity.rules.top_p import TopP
 from dllm_sparsity.sparsity.sparsifier import sparsify
 from dllm_sparsity.study import journal as journal_module
 from dllm_sparsity.study.collect import step_table
+from dllm_sparsity.study.counted import Here
 from dllm_sparsity.study.journal import CellJournal, Sums
 from dllm_sparsity.study.recordfile import RecordFile
 
@@ -190,20 +191,25 @@ RESULTS = [
 
 def run_batches(model, path, upto, fingerprint="cell", keep_last=True, computed=None, keys=("a", "b", "c")):
     """Answer the first batches as a backend does; return answers, journal and what it sums up to."""
-    clock, answers = Clock(), []
+    clock, works = Clock(), [work(key) for key in keys[:upto]]
     with sparsify(model, TopP(0.7), "all", clock=clock) as tracker:
-        journal = CellJournal(path, fingerprint, tracker, keep_last)
-        for seed, (items, steps) in enumerate(BATCHES[:upto]):
+        tracker.checked = keep_last
+        journal = CellJournal(path, fingerprint, Here(tracker))
 
-            def compute(seed=seed, items=items, steps=steps):
-                (computed if computed is not None else []).append(seed)
-                forwards(model, clock, items, steps, seed)
-                return RESULTS[seed]
+        def compute(asked):
+            seed = works.index(asked)
+            (computed if computed is not None else []).append(seed)
+            forwards(model, clock, *BATCHES[seed], seed)
+            return RESULTS[seed]
 
-            answers.append(answer(journal, keys[seed], compute).results)
+        found = [answer.results for _, answer in sorted(journal.answers(works, compute), key=lambda pair: pair[0])]
     sums = journal.finish()
     journal.close()
-    return answers, journal, sums
+    return found, journal, sums
+
+
+def work(name):
+    return Work([Target(name, [1], [2])])
 
 
 def same(first, second):
@@ -242,10 +248,10 @@ def test_a_damaged_journal_is_computed_again_from_there(model, tmp_path, caplog)
 def test_bytes_that_go_bad_while_it_is_open_are_found(model, tmp_path):
     whole, path = run_batches(model, tmp_path / "whole", 3), tmp_path / "bad"
     run_batches(model, path, 3)
-    real, computed = CellJournal.known, []
+    real, computed = CellJournal._known, []
 
     def known(self, key):
-        if key == journal_key("b"):
+        if key == work("b").key:
             data = bytearray(path.read_bytes())
             data[-1] ^= 1
             data[self._file._places[2][0]] ^= 1
@@ -253,23 +259,16 @@ def test_bytes_that_go_bad_while_it_is_open_are_found(model, tmp_path):
         return real(self, key)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CellJournal, "known", known)
+        patch.setattr(CellJournal, "_known", known)
         same(whole, run_batches(model, path, 3, computed=computed))
     assert computed == [1, 2]
-
-
-def journal_key(requests):
-    import hashlib
-
-    return hashlib.sha256(repr(requests).encode()).hexdigest()
 
 
 def test_other_requests_and_other_cells_are_not_mixed_in(model, tmp_path, caplog):
     path, computed = tmp_path / "journal", []
     run_batches(model, path, 3)
     run_batches(model, path, 3, computed=computed, keys=("a", "changed", "c"))
-    assert computed == [1, 2]
-    assert "a batch of other requests" in caplog.text
+    assert computed == [1]
     computed.clear()
     run_batches(model, path, 3, fingerprint="another", computed=computed)
     assert computed == [0, 1, 2]
@@ -287,15 +286,15 @@ def test_a_journal_brings_the_clock_back(model, tmp_path):
     for expected in (["why"], ["why"]):
         clock = Clock()
         with sparsify(model, None, "all", clock=clock) as tracker:
-            journal = CellJournal(tmp_path / "journal", "cell", tracker)
+            journal = CellJournal(tmp_path / "journal", "cell", Here(tracker))
 
-            def compute(clock=clock):
+            def compute(_, clock=clock):
                 forwards(model, clock, [("t", 0)], 1, 0)
                 clock.note("why")
                 clock.overlap_refused = True
                 return RESULTS[2]
 
-            answer(journal, "a", compute)
+            list(journal.answers([work("a")], compute))
         assert clock.overlap_refused
         assert clock.notes == expected
         assert journal.finish()[2][-1] == "why"
@@ -304,7 +303,7 @@ def test_a_journal_brings_the_clock_back(model, tmp_path):
 
 
 def test_without_a_journal_nothing_is_asked():
-    assert answer(None, object(), lambda: [1]).results == [1]
+    assert [(place, found.results) for place, found in answers(None, [work("a")], lambda _: [1])] == [(0, [1])]
     assert Answer([], 0.0).results == []
 
 

@@ -22,7 +22,7 @@ def test_every_file_is_a_class_with_a_first_line(kind: str) -> None:
 
 
 def test_what_is_there() -> None:
-    assert registry.names("rules") == ["max_p", "random", "threshold", "top_k", "top_p"]
+    assert registry.names("rules") == ["layerwise", "max_p", "random", "threshold", "top_k", "top_p"]
     assert set(registry.names("metrics")) >= {"density", "overlap"}
     assert set(registry.names("families")) >= {"gated", "fused_gated", "plain", "llada"}
 

@@ -13,6 +13,7 @@ from dllm_sparsity.report.panel import Table, template
 from dllm_sparsity.report.section import Section
 
 LONGEST_VALUE = 600
+LONGEST_PARAMETERS = 160
 
 
 class Settings(Section):
@@ -64,7 +65,13 @@ def _cells(cells: list[dict[str, Any]]) -> Table:
 def _rule(cell: dict[str, Any]) -> str:
     if cell["dense"]:
         return f"dense, run {cell['replicate'] + 1}" if cell["replicate"] else "dense"
-    return f"{cell['rule']} {json.dumps(cell['rule_parameters'], sort_keys=True)}"
+    return f"{cell['rule']} {_cut(cell['rule_parameters'])}"
+
+
+def _cut(parameters: dict[str, Any]) -> str:
+    """Return a rule's parameters, short of tables that would fill the page; cell.json has them whole."""
+    told = json.dumps(parameters, sort_keys=True)
+    return told if len(told) <= LONGEST_PARAMETERS else told[:LONGEST_PARAMETERS] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Table:

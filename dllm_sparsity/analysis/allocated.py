@@ -1,0 +1,230 @@
+"""An allocation on sealed cells: what each layer loses alone, and what the allocated search found beside the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dllm_sparsity.analysis.arrow import pc
+from dllm_sparsity.analysis.loading import Cell
+from dllm_sparsity.analysis.profile import Column, Threshold, profile
+from dllm_sparsity.analysis.qualities import SCALES
+from dllm_sparsity.analysis.search import Goal, Search
+from dllm_sparsity.analysis.searched import SearchedCurve
+from dllm_sparsity.analysis.slopes import Sensitivity
+from dllm_sparsity.analysis.steps import counted, sparsity_by
+
+Answer = dict[str, Any]
+DRAWS, SEED = 1000, 0
+_LIFT = 8  # as in the search: a strength counts when it was measured on this part of the items
+_MAY_NOT_CROSS = 0.025
+"""More draws without a crossing than this, and the ends of their interval would be those of the measured points."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """One curve, searched.
+
+    Args:
+        curve: What reads its cells.
+        search: The search, done.
+        answers: One for each retention, as search.json has them.
+    """
+
+    curve: SearchedCurve
+    search: Search
+    answers: list[Answer]
+
+    @property
+    def crossings(self) -> list[float]:
+        """Return the critical sparsities that were found."""
+        return [own["value"] for own in self.answers if own["value"] is not None]
+
+
+def smooth_quality(dense: Cell, searched: SearchedCurve) -> tuple[str, str]:
+    """Return the quality on which single layers are measured, and why: one layer flips too few answers to be seen.
+
+    Args:
+        dense: A dense cell of the task.
+        searched: What the search is on.
+    """
+    own = searched.quality["name"]
+    if SCALES[searched.quality["kind"]].logarithmic:
+        return own, "the quality of the search itself"
+    for kind, words in (
+        ("nll", "the likelihood of the right answer, for one layer changes too few answers to be told by them"),
+        ("agreement", "agreement with the dense answer, for one layer changes too few scores to be told by them"),
+    ):
+        found = [each["name"] for each in dense.record["qualities"] if each["kind"] == kind]
+        if found:
+            return found[0], words
+    return own, "the quality of the search itself, as the task has none that is finer"
+
+
+def counts_by_layer(cells: Iterable[Cell], sites: Sequence[str]) -> dict[int, tuple[int, int]]:
+    """Return kept and total activations of each layer.
+
+    Args:
+        cells: Blocks of one setting.
+        sites: Primitive sites that count.
+    """
+    steps = pa.concat_tables([counted(cell.steps) for cell in cells], promote_options="default")
+    steps = steps.filter(pc.is_in(steps["site"], value_set=pa.array(list(sites), pa.string())))
+    rows = sparsity_by(steps, ("layer",)).to_pylist()
+    return {row["layer"]: (row["kept"], row["total"]) for row in rows if row["total"]}
+
+
+def sensitivity(
+    layers: tuple[int, ...],
+    dense: Column,
+    columns: Mapping[float, Column],
+    counts: Mapping[float | None, Mapping[int, tuple[int, int]]],
+) -> Sensitivity:
+    """Return what some layers lose alone.
+
+    Args:
+        layers: The layers.
+        dense: The dense model's items.
+        columns: Strength to the same items, these layers alone sparse; kept and total are those of the layers.
+        counts: Kept and total by layer of the whole model, at strengths that it was searched at; dense at None.
+    """
+    whole = {at: 1 - _sum(own, layers, 0) / _sum(own, layers, 1) for at, own in counts.items()}
+    order = sorted(columns, key=lambda strength: columns[strength].sparsity)
+    told = [_lost(dense, columns[strength]) for strength in order]
+    return Sensitivity(
+        layers=layers,
+        strengths=tuple(order),
+        sparsity=tuple(columns[strength].sparsity for strength in order),
+        losses=tuple(loss for loss, _ in told),
+        errors=tuple(error for _, error in told),
+        total=float(columns[order[0]].total.sum()),
+        natural=whole[None],
+        trail=tuple((at, place) for at, place in whole.items() if at is not None),
+    )
+
+
+def _sum(counts: Mapping[int, tuple[int, int]], layers: tuple[int, ...], which: int) -> int:
+    return sum(counts[layer][which] for layer in layers)
+
+
+def _lost(dense: Column, sparse: Column) -> tuple[float, float]:
+    """Return the quality lost, paired by item, and its standard error."""
+    top = dense.height.sum() / dense.weight.sum()
+    value = sparse.height.sum() / sparse.weight.sum()
+    pull = (sparse.height - value * sparse.weight) / sparse.weight.sum()
+    pull -= (dense.height - top * dense.weight) / dense.weight.sum()
+    return float(top - value), math.sqrt(float(pull @ pull))
+
+
+def compared(uniform: Searched, allocated: Searched, index: int) -> Answer:
+    """Return what an allocation gained over the uniform rule at one retention: paired where both searches allow it.
+
+    Args:
+        uniform: The search with one strength for all layers.
+        allocated: The search along the path.
+        index: Which retention.
+    """
+    goals, answers = [(own.search.goals[index], own.answers[index]) for own in (uniform, allocated)], []
+    answers = [answer for _, answer in goals]
+    if any(answer["value"] is None for answer in answers):
+        return {"value": None, "interval": None, "paired": False, "words": "one of the two searches has no answer"}
+    if any(answer["censored"] for answer in answers):
+        words = "one of the two curves never fell below the threshold, so their difference is not known"
+        return {"value": None, "interval": None, "paired": False, "words": words}
+    items = min(goal.items for goal, _ in goals)
+    drawn = _drawn((uniform.search, allocated.search), goals[0][0].threshold, items)
+    if drawn is not None:
+        value, low, high = float(drawn[0]), *(float(end) for end in np.quantile(drawn[1:], [0.025, 0.975]))
+        how = f"paired on {items:,} items that both searches measured"
+    else:
+        first, second = answers
+        value = second["value"] - first["value"]
+        low = value - math.hypot(second["value"] - second["interval"][0], first["interval"][1] - first["value"])
+        high = value + math.hypot(second["interval"][1] - second["value"], first["value"] - first["interval"][0])
+        how = "unpaired: from the two intervals"
+    told = f"{100 * value:+.1f} points of sparsity, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {how}"
+    verdict = "better than uniform" if low > 0 else "worse than uniform" if high < 0 else "not told from uniform"
+    return {
+        "value": value,
+        "interval": [low, high],
+        "paired": drawn is not None,
+        "items": items,
+        "words": f"{verdict} ({told})",
+    }
+
+
+def _drawn(searches: tuple[Search, Search], threshold: Threshold, items: int) -> np.ndarray | None:
+    """Return the difference of both crossings on shared items, then on bootstrap samples of them."""
+    curves = [_Shared.of(search, items) for search in searches]
+    rng, missed, found = np.random.default_rng(SEED), np.zeros(2), []
+    for draw in range(DRAWS + 1):
+        chosen = np.sort(rng.integers(0, items, items)) if draw else np.arange(items)
+        profiles = [curve.profile(threshold, chosen) for curve in curves]
+        missed += [not own.crosses for own in profiles]
+        found.append(profiles[1].estimate - profiles[0].estimate)
+    return np.array(found) if (missed <= _MAY_NOT_CROSS * DRAWS).all() else None
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The columns of a search on its first items; beyond the sparsest of them, those of fewer items."""
+
+    dense: Column
+    sparse: list[Column]
+    ended: bool
+
+    @classmethod
+    def of(cls, search: Search, items: int) -> _Shared:
+        if search.dense is None:
+            raise RuntimeError("a search with an answer has measured dense")
+        sparsest = max(own.sparsity for own in search.columns.values() if len(own) >= items)
+        used = {
+            strength: own.first(items)
+            for strength, own in search.columns.items()
+            if len(own) * _LIFT >= items or own.sparsity > sparsest
+        }
+        return cls(search.dense.first(items), list(used.values()), search.ladder[-1] in used)
+
+    def profile(self, threshold: Threshold, chosen: np.ndarray) -> Any:
+        """Return the profile of drawn items; in ascending order, so that those of a shorter column come first."""
+        dense, *sparse = (
+            Column(*(getattr(own, name)[chosen[chosen < len(own)]] for name in Column.__dataclass_fields__))
+            for own in (self.dense, *self.sparse)
+        )
+        return profile(dense, sparse, threshold, self.ended)
+
+
+def nearest_strength(search: Search, goal: Goal) -> float | None:
+    """Return the strength whose cells, measured on all items of the last round, lie nearest the crossing.
+
+    Args:
+        search: The search, done.
+        goal: What was found for one retention.
+    """
+    if goal.profile is None:
+        return None
+    place = goal.profile.estimate
+    whole = [strength for strength, own in search.columns.items() if len(own) >= goal.items]
+    return min(whole, key=lambda strength: abs(search.columns[strength].sparsity - place), default=None)
+
+
+def overlap_words(probed: int, available: int, searched: int) -> tuple[int, str]:
+    """Return how many of the items that chose the allocation the final search measured too, and that in words.
+
+    Args:
+        probed: Items at the end of the order on which layers were measured alone.
+        available: Items there are.
+        searched: Items from the start of the order that the final search measured.
+    """
+    shared = max(0, searched - (available - probed))
+    if not shared:
+        return 0, f"none of the {probed:,} items that chose the allocation were searched on"
+    return shared, (
+        f"{shared:,} of the {probed:,} items that chose the allocation are among the {searched:,} searched on:"
+        " the gain may look larger than on fresh items"
+    )

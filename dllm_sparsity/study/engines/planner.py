@@ -1,0 +1,91 @@
+"""The jobs of a study: its cells with their tasks loaded and their fingerprints known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dllm_sparsity import registry
+from dllm_sparsity.study import environment
+from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.models import resolve
+from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint
+from dllm_sparsity.study.tasks import LoadedTask, load_tasks
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell with its task loaded and its fingerprint known."""
+
+    cell: Cell
+    task: LoadedTask
+    fingerprint: str
+    parts: dict[str, Any]
+
+    @property
+    def cost(self) -> float:
+        """Rough cost beside other jobs: characters, times how often a model reads them."""
+        model, mc = self.cell.model, self.cell.task.mc or self.cell.model.mc
+        if self.task.output_type == "generate_until":
+            passes = model.steps or 32 if model.paradigm == "diffusion" else 3
+        else:
+            passes = mc if model.paradigm == "diffusion" and isinstance(mc, int) else 1
+        share = 1.0 if self.cell.block is None else (self.cell.block[1] - self.cell.block[0]) / max(1, self.task.items)
+        return self.task.cost * passes * share * (1.0 if self.cell.rule is None else 1.3)
+
+
+class Planner:
+    """Knows what goes into a fingerprint: weights, tasks and versions, each looked up once.
+
+    Args:
+        config: The study.
+        device: Kind of device that the models run on.
+
+    Raises:
+        UserError: A task cannot be loaded, or a model's files cannot be had.
+    """
+
+    def __init__(self, config: StudyConfig, device: str) -> None:
+        kinds = [registry.get("rules", rule.name) for rule in config.rules]
+        kinds += [registry.get("samplers", model.sampler) for model in config.models]
+        code = environment.code_identity({kind.__module__ for kind in kinds})
+        self.config = config
+        self.versions = {**environment.versions(), "code": code, "device": device}
+        self.weights = {
+            model: environment.weights_identity(resolve(model.model), model.revision) for model in config.models
+        }
+        self.tasks: dict[TaskSpec, list[LoadedTask]] = {spec: load_tasks(spec, config.seed) for spec in config.tasks}
+
+    def job(self, cell: Cell, task: LoadedTask) -> Job:
+        """Return a cell with its fingerprint.
+
+        Args:
+            cell: The cell.
+            task: Its task, loaded.
+        """
+        parts = cell_parts(cell, self.config.seed, self.weights[cell.model], task.identity, self.versions)
+        return Job(cell, task, fingerprint(parts), parts)
+
+    def all(self) -> list[Job]:
+        """Return the planned cells of the study; equal work is there once."""
+        jobs: dict[str, Job] = {}
+        for cell in expand(self.config):
+            for task in self.tasks[cell.task]:
+                job = self.job(cell, task)
+                jobs.setdefault(job.fingerprint, job)
+        return list(jobs.values())
+
+    def pairs(self) -> list[tuple[ModelConfig, TaskSpec, LoadedTask]]:
+        """Return each model with each task, as the user gave it and loaded."""
+        return [
+            (model, spec, task)
+            for model in self.config.models
+            for spec in self.config.tasks
+            for task in self.tasks[spec]
+        ]
+
+    def search_cost(self) -> float:
+        """Guess what all searches cost: about four times the items of each curve."""
+        curves = [(rule, site) for rule in self.config.rules for site in rule.sites]
+        dense = [self.job(Cell(model, spec, None, None, None, ()), task).cost for model, spec, task in self.pairs()]
+        return 4 * len(curves) * sum(dense)

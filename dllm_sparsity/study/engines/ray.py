@@ -1,0 +1,135 @@
+"""Workers on a Ray cluster: actors that keep a model, each with its GPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import Future
+from typing import Any
+
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.engines import Engine
+from dllm_sparsity.study.engines.pool import Pool
+from dllm_sparsity.study.engines.worker import Worker
+
+
+def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
+    """Return a pool of actors; where Ray is not connected yet, it is connected or started.
+
+    Args:
+        engine: Where the cluster is, and how many actors.
+        device: The study's device; `auto` takes GPUs where the cluster has them.
+        seed: The study's seed.
+
+    Raises:
+        UserError: Ray is not installed, the cluster cannot be reached, or has too few GPUs.
+    """
+    try:
+        import ray
+        from ray import exceptions
+    except ImportError as error:
+        raise UserError("ray is not installed", "pip install dllm-sparsity[ray]") from error
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(engine.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        except (ConnectionError, ValueError, RuntimeError, ImportError, TimeoutError) as error:
+            where = engine.address or os.environ.get("RAY_ADDRESS") or "this machine"
+            why = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"no Ray cluster at {where}: {why}",
+                "ray start --head starts one; a cluster with tokens needs RAY_AUTH_MODE=token; or use --engine local",
+            ) from error
+    try:
+        resources = _resources(ray, engine, device)
+    except BaseException:
+        if started:
+            ray.shutdown()
+        raise
+    size, needs, kind = resources
+    actor = ray.remote(**needs, max_restarts=0)(_Actor)
+
+    def start(number: int) -> _Remote:
+        return _Remote(ray, actor.remote(kind, None if needs["num_gpus"] else int(needs["num_cpus"])))
+
+    died = (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError)
+    try:
+        return _RayPool(start, size, died, seed, ray if started else None)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the cluster's machines have no module {error.name}", "install dllm-sparsity on each, in the same version"
+        ) from error
+
+
+def _resources(ray: Any, engine: Engine, device: str) -> tuple[int, dict[str, Any], str]:
+    """Return how many actors there are to be, what each needs, and its device."""
+    have = ray.cluster_resources()
+    gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
+    kind = device.partition(":")[0]
+    if kind == "auto":
+        kind = "cuda" if gpus else "cpu"
+    if kind == "cuda":
+        size = engine.workers or gpus // engine.gpus_per_worker
+        if size < 1 or size * engine.gpus_per_worker > gpus:
+            raise UserError(
+                f"{max(size, 1)} workers with {engine.gpus_per_worker} GPUs each, but the cluster has {gpus}",
+                "lower --workers or --gpus-per-worker, or add nodes",
+            )
+        return size, {"num_gpus": engine.gpus_per_worker, "num_cpus": min(1, cpus)}, kind
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    size = engine.workers or len(nodes)
+    fewest = int(min((node["Resources"]["CPU"] for node in nodes), default=1))
+    own = fewest if size <= len(nodes) else max(1, cpus // size)
+    return size, {"num_gpus": 0, "num_cpus": own}, kind
+
+
+class _Actor:
+    """A worker that gives errors back as values: Ray would dress them up."""
+
+    def __init__(self, device: str, threads: int | None) -> None:
+        self._worker = Worker(device, threads)
+
+    def ask(self, method: str, *arguments: Any) -> tuple[Any, UserError | None]:
+        try:
+            return getattr(self._worker, method)(*arguments), None
+        except UserError as error:
+            return None, error
+
+
+class _Remote:
+    """A worker in an actor."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray, self._actor = ray, actor
+
+    def ask(self, method: str, *arguments: Any) -> Future[Any]:
+        asked: Future[Any] = Future()
+
+        def pass_on(done: Future[Any]) -> None:
+            try:
+                value, error = done.result()
+            except Exception as failure:
+                error = failure
+            if error is None:
+                asked.set_result(value)
+            else:
+                asked.set_exception(error)
+
+        self._actor.ask.remote(method, *arguments).future().add_done_callback(pass_on)
+        return asked
+
+    def stop(self) -> None:
+        self._ray.kill(self._actor)
+
+
+class _RayPool(Pool):
+    """A pool that leaves the cluster it has joined."""
+
+    def __init__(self, start: Any, size: int, died: tuple[type[BaseException], ...], seed: int, ray: Any) -> None:
+        self._ray = ray
+        super().__init__(start, size, died, seed)
+
+    def close(self) -> None:
+        super().close()
+        if self._ray is not None:
+            self._ray.shutdown()

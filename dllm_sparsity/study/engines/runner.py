@@ -1,0 +1,242 @@
+"""Run a study: its cells one after another, each answered by this process or by the workers of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study import environment
+from dllm_sparsity.study.attached import Host, LocalHost
+from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.engines import Engine, slurm
+from dllm_sparsity.study.engines.planner import Job, Planner
+from dllm_sparsity.study.engines.pool import Pool, PoolHost
+from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
+from dllm_sparsity.study.plan import Cell
+from dllm_sparsity.study.quiet import quiet
+from dllm_sparsity.study.run import run_cell
+from dllm_sparsity.study.rundir import RunDir
+from dllm_sparsity.study.tasks import LoadedTask
+
+_T = TypeVar("_T")
+
+Searches = Callable[[ModelConfig, TaskSpec, LoadedTask], Iterable[Generator[Cell, Path, None]]]
+"""For a model and a task: loops that yield the cell they want next and are sent the folder it is sealed in."""
+
+
+class Progress(Protocol):
+    """What an engine tells while it runs."""
+
+    def start(self, total: float, done: float) -> None:
+        """Begin; both numbers are rough costs."""
+
+    def cell(self, title: str, cost: float) -> None:
+        """Begin a cell."""
+
+    def share(self, done: int, total: int) -> None:
+        """Report how many of the running cell's requests are answered."""
+
+    def stop(self) -> None:
+        """End."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of several equal parts of a study.
+
+    Args:
+        number: Of the part, from 0.
+        parts: How many there are.
+        sealed: Fingerprints of cells that are sealed elsewhere.
+    """
+
+    number: int = 0
+    parts: int = 1
+    sealed: frozenset[str] = frozenset()
+
+    def of(self, work: Sequence[_T]) -> list[_T]:
+        """Return this part of a list: neighbours stay together, so that few models are loaded.
+
+        Args:
+            work: The list.
+        """
+        start, stop = (len(work) * edge // self.parts for edge in (self.number, self.number + 1))
+        return list(work[start:stop])
+
+
+def run_study(
+    config: StudyConfig,
+    out: Path,
+    progress: Progress,
+    searches: Searches | None = None,
+    engine: Engine | None = None,
+    share: Share | None = None,
+) -> RunDir:
+    """Run what is not sealed yet.
+
+    Args:
+        config: The study.
+        out: The run directory; the same directory continues where an earlier run stopped.
+        progress: Told what happens.
+        searches: What else is asked, cell by cell, once the planned cells of a model are done.
+        engine: Who answers; this machine when None.
+        share: The part of the study that is run; all of it when None.
+
+    Raises:
+        UserError: As the parts raise it; cells that were sealed before stay.
+    """
+    rundir, pool, engine, share = None, None, engine or Engine(), share or Share()
+    try:
+        _check_first(config)
+        rundir = RunDir(out, config)
+        with quiet(rundir.log):
+            pool = open_pool(engine, config, rundir.log)
+            described = environment.describe(choose_device(config.device), config.seed)
+            if pool is not None:
+                described |= _same_packages(pool.describe(), described) | {"workers": len(pool)}
+            elif engine.kind == "slurm":
+                described["device"] = slurm.device_of(engine, config.device)
+            planner = Planner(config, described["device"].partition(":")[0])
+            jobs = [job for job in share.of(planner.all()) if job.fingerprint not in share.sealed]
+        runner = _Runner(config, rundir, described, progress, planner, engine, pool)
+        runner.plan(jobs)
+        pairs = [] if searches is None else share.of(planner.pairs())
+        if engine.kind == "slurm":
+            slurm.take_over(rundir)
+        open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
+        total = sum(job.cost for job in jobs)
+        expected = planner.search_cost() if pairs else 0.0
+        progress.start(total + expected, total - sum(job.cost for job in open_jobs))
+        if engine.kind == "slurm" and (open_jobs or pairs):
+            progress.cell("SLURM", total + expected)
+            asked = config.model_copy(update={"device": described["device"]})
+            with quiet(rundir.log):
+                slurm.run(asked, rundir, searches, engine, max(len(jobs), len(pairs)), progress.share)
+            open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
+        for model in config.models:
+            runner.forget()
+            for job in open_jobs:
+                if job.cell.model == model:
+                    runner.run(job)
+            for spec, task in (pair[1:] for pair in pairs if pair[0] == model):
+                for search in searches(model, spec, task) if searches is not None else ():
+                    runner.drive(search, task)
+        return rundir
+    except BaseException:
+        if rundir is not None:
+            rundir.release()
+        raise
+    finally:
+        progress.stop()
+        if pool is not None:
+            pool.close()
+        if rundir is not None:
+            rundir.say()
+
+
+class _Runner:
+    """Runs jobs one after another; loads a model when the first job of it is not sealed yet."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        rundir: RunDir,
+        described: dict[str, Any],
+        progress: Progress,
+        planner: Planner,
+        engine: Engine,
+        pool: Pool | None,
+    ) -> None:
+        self.config, self.rundir, self.described = config, rundir, described
+        self.progress, self.planner, self.engine, self.pool = progress, planner, engine, pool
+        self.planned: dict[str, dict[str, Any]] = {}
+        self.host: Host | None = None
+
+    def forget(self) -> None:
+        self.host = None
+
+    def plan(self, jobs: list[Job]) -> None:
+        """Write down what belongs to this study; what is not in the plan is not part of the report."""
+        for job in jobs:
+            entry: dict[str, Any] = {"fingerprint": job.fingerprint, "title": job.cell.title, "parts": job.parts}
+            self.planned.setdefault(job.fingerprint, entry)
+        self.rundir.write_plan(list(self.planned.values()), self.described)
+
+    def run(self, job: Job) -> None:
+        with quiet(self.rundir.log):
+            if self.host is None:
+                self.host = self._open(job.cell.model)
+                self.host.lm.progress = self.progress.share
+        self.progress.cell(job.cell.title, job.cost)
+        with quiet(self.rundir.log):
+            run_cell(job.cell, job.task, self.host, job.fingerprint, job.parts, self.described, self.rundir)
+
+    def _open(self, model: ModelConfig) -> Host:
+        if self.engine.kind == "slurm":
+            raise UserError("a cell was not sealed by its job", "the same command submits it again")
+        if self.pool is None:
+            return LocalHost(open_backend(model, self.config.device, self.config.seed))
+        return PoolHost(self.pool, open_backend(model, "meta", self.config.seed))
+
+    def drive(self, search: Generator[Cell, Path, None], task: LoadedTask) -> None:
+        """Give a search the cells it asks for: sealed ones from disk."""
+        try:
+            cell = next(search)
+            while True:
+                job = self.planner.job(cell, task)
+                self.plan([job])
+                if not self.rundir.is_sealed(job.fingerprint):
+                    self.run(job)
+                cell = search.send(self.rundir.path / "cells" / job.fingerprint)
+        except StopIteration:
+            return
+
+
+def _check_first(config: StudyConfig) -> None:
+    """Refuse bad rules, strengths and missing models before a task or a weight is loaded."""
+    from dllm_sparsity.lm.loading import check_exists
+
+    for rule in config.rules:
+        for strength in rule.strengths:
+            if make_rule(rule.name, strength, rule.parameters).is_dense:
+                raise UserError(
+                    f"strength {strength:g} of {rule.name} is its dense setting", "leave it out: every study runs dense"
+                )
+    for model in config.models:
+        if model.paradigm == "diffusion":
+            make_sampler(model)
+        check_exists(resolve(model.model), model.revision)
+
+
+def open_pool(engine: Engine, config: StudyConfig, log: Path) -> Pool | None:
+    """Return the workers of an engine; None where this process does the work itself.
+
+    Args:
+        engine: Who is to answer.
+        config: The study.
+        log: File that takes what libraries print.
+
+    Raises:
+        UserError: There are not enough GPUs, or the engine cannot be reached.
+    """
+    if engine.kind == "ray":
+        from dllm_sparsity.study.engines.ray import ray_pool
+
+        return ray_pool(engine, config.device, config.seed)
+    from dllm_sparsity.study.engines.local import local_pool
+
+    return local_pool(engine, config.device, config.seed, log)
+
+
+def _same_packages(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """Return what a worker runs on; the packages that compute have to be those of this process."""
+    for name in environment.COMPUTING:
+        if there["packages"][name] != here["packages"][name]:
+            raise UserError(
+                f"{name} is {there['packages'][name]} on a worker and {here['packages'][name]} here",
+                "install the same versions on all machines",
+            )
+    return {name: value for name, value in there.items() if name != "git"}

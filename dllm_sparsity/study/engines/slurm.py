@@ -1,0 +1,182 @@
+"""SLURM: an array of jobs, each with its part of a study in a run directory of its own; their cells are taken over.
+
+A job that is pre-empted or runs out of time is queued again and goes on where its journals end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.config import StudyConfig
+from dllm_sparsity.study.engines import Engine
+from dllm_sparsity.study.rundir import RunDir, find_damage, writing
+
+_JOBS = 8
+_MINUTES, _RENEWALS = 240, 100
+"""Time limit of a job where none is given, and how often one that reaches it is queued again."""
+_POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One job: a part of a study.
+
+    Args:
+        config: The study.
+        out: The part's own run directory.
+        searches: As in `run_study`.
+        number: Of the part, from 0.
+        parts: How many there are.
+        sealed: Fingerprints of cells that are there already.
+        gpus_per_worker: As in `Engine`.
+    """
+
+    config: StudyConfig
+    out: Path
+    searches: Any
+    number: int
+    parts: int
+    sealed: frozenset[str] = field(repr=False)
+    gpus_per_worker: int = 1
+
+    def __call__(self) -> UserError | None:
+        """Run it, on all GPUs that the job has; return what the user can put right."""
+        from dllm_sparsity.study.engines.runner import Share, run_study
+
+        engine = Engine(gpus_per_worker=self.gpus_per_worker)
+        share = Share(self.number, self.parts, self.sealed)
+        try:
+            run_study(self.config, self.out, _Unheard(), self.searches, engine, share).release()
+        except UserError as error:
+            return error
+        return None
+
+    def checkpoint(self) -> Any:
+        """Be queued again; submitit calls it before the job is taken away."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def device_of(engine: Engine, device: str) -> str:
+    """Return the kind of device that the jobs will have.
+
+    Args:
+        engine: What they ask for.
+        device: The study's device.
+    """
+    if device != "auto":
+        return device
+    return "cuda" if any("gpu" in f"{name}={value}" for name, value in engine.options.items()) else "cpu"
+
+
+def run(
+    config: StudyConfig, rundir: RunDir, searches: Any, engine: Engine, cells: int, told: Callable[[int, int], None]
+) -> None:
+    """Submit the parts of a study, wait for them, and take their cells over.
+
+    Args:
+        config: The study; its device is that of the jobs.
+        rundir: Where the cells go.
+        searches: As in `run_study`.
+        engine: How many jobs, and what each asks for.
+        cells: Cells and searches that the study has; there are not more jobs.
+        told: Called with (jobs done, jobs in all).
+
+    Raises:
+        UserError: submitit or SLURM is missing, refuses the jobs, or some of them failed.
+    """
+    executor = _executor(engine, rundir.path / "slurm")
+    parts = min(engine.workers or _JOBS, max(1, cells))
+    sealed = frozenset(folder.name for folder in (rundir.path / "cells").iterdir() if (folder / "DONE").is_file())
+    root = (rundir.path / "parts").resolve()
+    work = [
+        Part(config, root / f"{n + 1}-of-{parts}", searches, n, parts, sealed, engine.gpus_per_worker)
+        for n in range(parts)
+    ]
+    try:
+        jobs = executor.submit_array(work)
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"the jobs were not taken: {why}", "look at the --engine-option values") from error
+    try:
+        while not all([job.done() for job in jobs]):
+            told(sum(job.done() for job in jobs), len(jobs))
+            time.sleep(_POLL_SECONDS)
+    except BaseException:
+        for job in jobs:
+            job.cancel(check=False)
+        raise
+    failed = [why for job in jobs if (why := _failure(job)) is not None]
+    take_over(rundir)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} jobs failed: {failed[0]}",
+            f"their logs are in {rundir.path / 'slurm'}; the same command goes on with what is left",
+        )
+
+
+def take_over(rundir: RunDir) -> None:
+    """Move the cells that parts have sealed to where the study has them.
+
+    Args:
+        rundir: Of the study.
+
+    Raises:
+        UserError: The folder cannot be written to.
+    """
+    with writing(rundir.path):
+        for folder in sorted((rundir.path / "parts").glob("*/cells/*")):
+            place = rundir.path / "cells" / folder.name
+            if (folder / "DONE").is_file() and find_damage(folder) is None and not place.exists():
+                os.replace(folder, place)
+
+
+def _failure(job: Any) -> str | None:
+    """Return why a job failed, on one line; None where it did not."""
+    error = job.exception() or job.result()
+    if error is None or isinstance(error, UserError):
+        return None if error is None else error.message
+    told = [line for line in str(error).split("\n-----")[0].splitlines() if line.strip(" -")]
+    trace = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line)]
+    return (trace or told or ["no reason given"])[-1].strip()[:200]
+
+
+def _executor(engine: Engine, folder: Path) -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("submitit is not installed", "pip install dllm-sparsity[slurm]") from error
+    options = dict(engine.options)
+    cluster = str(options.pop("cluster", "slurm"))
+    try:
+        executor = submitit.AutoExecutor(str(folder), cluster=cluster, slurm_max_num_timeout=_RENEWALS)
+        executor.update_parameters(**{"name": "dllm-sparsity", "timeout_min": _MINUTES, **options})
+    except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"SLURM cannot be used: {why}", "run this where sbatch is; submitit's documentation lists the options"
+        ) from error
+    return executor
+
+
+class _Unheard:
+    """Progress of a job: its log says what happens."""
+
+    def start(self, total: float, done: float) -> None: ...
+
+    def cell(self, title: str, cost: float) -> None:
+        import logging
+
+        logging.getLogger(__name__).info("%s", title)
+
+    def share(self, done: int, total: int) -> None: ...
+
+    def stop(self) -> None: ...
