@@ -14,6 +14,7 @@ from dllm_sparsity.analysis.curves import Curve, Point, curves_of
 from dllm_sparsity.analysis.findings import allocation_findings, findings
 from dllm_sparsity.analysis.loading import Cell, Run
 from dllm_sparsity.analysis.qualities import numbers
+from dllm_sparsity.analysis.speed import speeds
 from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
 from dllm_sparsity.analysis.verdicts import Judged, Verdict, judge
 
@@ -49,6 +50,7 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
             "curves": _with_holm([_curve(*both) for both in zip(curves, judged, strict=True)]),
             "comparisons": [_comparison(pair) for pair in pairs],
             "cells": [_cell(cell) for cell in run.cells],
+            "speed": speeds(run.cells),
             **({} if run.search is None else {"search": run.search}),
         }
     )

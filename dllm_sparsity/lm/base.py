@@ -20,6 +20,7 @@ from dllm_sparsity.lm.call import ModelCall
 from dllm_sparsity.lm.distributed import each_once
 from dllm_sparsity.lm.items import MAX_NEW_TOKENS, Generation, ItemLog, PromptBatch, Score, Target
 from dllm_sparsity.lm.journal import Journal, Work, answers
+from dllm_sparsity.lm.kept_tokens import KeptTokens
 from dllm_sparsity.lm.loading import ModelSource, check_paradigm, load, longest_sequence
 from dllm_sparsity.lm.text import TextLM
 from dllm_sparsity.sparsity.clock import Clock
@@ -56,6 +57,7 @@ class SparsityLM(TextLM):
         """What remembers answered batches, or has them answered elsewhere; None answers each here."""
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """Called with (requests done, requests in all) after each batch."""
+        self._kept = KeptTokens()
         self.max_length = max_length or longest_sequence(model, tokenizer)
         self.max_gen_toks = MAX_NEW_TOKENS
 
@@ -82,8 +84,14 @@ class SparsityLM(TextLM):
             requests: `(context, continuation)` each.
             disable_tqdm: Ignored; `progress` reports.
         """
-        targets = [Target(_item(request), *self._encode(*request.args)) for request in requests]
+        kept = self._kept_of(requests)
+        targets = [Target(_item(request), *kept.pair(*request.args, self._encode)) for request in requests]
         return [(score.loglikelihood, score.is_greedy) for score in self._score_all(targets)]
+
+    def _kept_of(self, requests: Sequence[Instance]) -> KeptTokens:
+        """Return the token ids that earlier cells of these requests' tasks left."""
+        self._kept.open(self.tokenizer, (request.task_name for request in requests))
+        return self._kept
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of both as lm-eval splits them; a text without context follows the prefix token."""
@@ -110,9 +118,9 @@ class SparsityLM(TextLM):
             requests: `(text,)` each.
             disable_tqdm: Ignored; `progress` reports.
         """
-        targets, owners = [], []
+        targets, owners, kept = [], [], self._kept_of(requests)
         for number, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = kept.text(request.args[0], self.tok_encode)
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self._window, context_len=1)
             for context, target in map(make_disjoint_window, windows):
                 targets.append(Target(_item(request), list(context), list(target)))
@@ -183,7 +191,8 @@ class SparsityLM(TextLM):
         Raises:
             UserError: The canvas is longer than the model, or an argument is not supported.
         """
-        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        kept = self._kept_of(requests)
+        prompts = [kept.text(request.args[0], self.tok_encode) or [self.prefix_token_id] for request in requests]
         seen: Counter[Hashable] = Counter()
         draws = []
         for request in requests:  # a task with repeats asks for the same item several times

@@ -39,6 +39,7 @@ def tables_of(data: ReportData) -> dict[str, pa.Table]:
             for reading in curve["critical"]
         ),
         "items": _flat({name: cell[name] for name in (*_CELL, "replicate", *_COST)} for cell in found["cells"]),
+        "speed": _flat(found.get("speed", [])),
         "steps": _joined(data, lambda steps: sparsity_by(steps, _STEP)),
         "layers": _joined(data, lambda steps: sparsity_by(counted(steps), ("phase", "layer", "site"))),
         "overlap": _joined(data, _overlap),

@@ -44,7 +44,7 @@ def finished(small, tmp_path_factory):
 
 def without_seconds(value):
     if isinstance(value, dict):
-        left_out = ("study", "environment")  # the folder's name, and the machine
+        left_out = ("study", "environment", "speed")  # the folder's name, and the machine
         return {k: without_seconds(v) for k, v in value.items() if "seconds" not in k and k not in left_out}
     return [without_seconds(part) for part in value] if isinstance(value, list) else value
 

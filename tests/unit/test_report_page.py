@@ -87,7 +87,7 @@ def test_files_beside_the_page(run_dir, page):
     found = json.loads((run_dir / "summary.json").read_text())
     assert found["study"] == "study"
     made = {path.name for path in (run_dir / "tables").iterdir()}
-    tables = ("points", "critical", "steps", "overlap", "layers", "items")
+    tables = ("points", "critical", "steps", "overlap", "layers", "items", "speed")
     assert made == {f"{name}.{end}" for name in tables for end in ("parquet", "csv")}
     assert all(len(pq.read_table(run_dir / "tables" / f"{name}.parquet")) for name in tables)
     assert not [path for path in run_dir.rglob(".*") if path.is_file()]

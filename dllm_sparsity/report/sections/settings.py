@@ -35,6 +35,7 @@ class Settings(Section):
             "settings.html",
             notes=data.notes,
             cells=_cells(data.summary["cells"]) if data.summary else None,
+            speed=_speed(data.summary["speed"]) if data.summary else None,
             config=data.run.config if data.run else "",
             environment=_flat(environment) if isinstance(environment, dict) and environment else None,
         )
@@ -72,6 +73,24 @@ def _cut(parameters: dict[str, Any]) -> str:
     """Return a rule's parameters, short of tables that would fill the page; cell.json has them whole."""
     told = json.dumps(parameters, sort_keys=True)
     return told if len(told) <= LONGEST_PARAMETERS else told[:LONGEST_PARAMETERS] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _speed(speeds: list[dict[str, Any]]) -> Table:
+    rows = [
+        [
+            f"{own['paradigm']} ({own['model']})",
+            own["task"],
+            own["rule"] or "dense",
+            str(own["cells"]),
+            str(own["items"]),
+            words.number(own["wall_seconds"], 1),
+            words.number(own["items_per_second"], 2),
+            words.percent(own["share_in_batches"]),
+        ]
+        for own in speeds
+    ]
+    columns = ["paradigm", "task", "rule", "cells", "items timed", "wall seconds", "items per second", "in batches"]
+    return Table(columns, rows, 3)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Table:

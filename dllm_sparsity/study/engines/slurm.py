@@ -16,7 +16,8 @@ from typing import Any
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.config import StudyConfig
 from dllm_sparsity.study.engines import Engine
-from dllm_sparsity.study.rundir import RunDir, find_damage, writing
+from dllm_sparsity.study.records import find_damage
+from dllm_sparsity.study.rundir import RunDir, writing
 
 _JOBS = 8
 _MINUTES, _RENEWALS = 240, 100
