@@ -20,6 +20,7 @@ from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, Tas
 from dllm_sparsity.study.engines import Engine
 from dllm_sparsity.study.plan import Cell, block_cell, with_block
 from dllm_sparsity.study.rundir import writing
+from dllm_sparsity.study.track import ExperimentTracker, Tracking
 
 EMBEDDED_STUDY = Path(__file__).parent / "pair" / "study.yaml"
 
@@ -60,6 +61,7 @@ def compare(
     out: str | Path | None = None,
     progress: Any = None,
     engine: str | Engine = "local",
+    track: str | ExperimentTracker | None = None,
 ) -> Comparison:
     """Compare the activation sparsity of autoregressive and diffusion language models.
 
@@ -68,6 +70,7 @@ def compare(
         out: The run directory; `runs/<name>` when None. The same directory continues where an earlier run stopped.
         progress: Told what happens; nothing is shown when None.
         engine: Who does the work: `local`, `ray`, `ray://HOST:PORT`, `slurm`, or an `Engine`.
+        track: trackio, wandb, or an object of one's own: told the numbers of each cell, and at the end of the study.
 
     Returns:
         Where everything is, and the summary.
@@ -78,6 +81,7 @@ def compare(
     Example:
         >>> compare().table()  # doctest: +SKIP
     """
+    from dllm_sparsity.analysis.logged import cell_numbers, study_numbers
     from dllm_sparsity.report import write_report
     from dllm_sparsity.study.engines.runner import run_study
 
@@ -85,11 +89,13 @@ def compare(
     place = Path(out) if out is not None else Path("runs") / study.name
     searches = Searches(study) if study.search is not None else None
     who = Engine.parse(engine) if isinstance(engine, str) else engine
-    with run_study(study, place, progress or _Silent(), searches, who) as rundir:
+    told = Tracking(track, study, place, progress or _Silent(), lambda folder: cell_numbers(open_cell(folder)))
+    with told, run_study(study, place, told, searches, who) as rundir:
         if searches is not None:
             searches.write(rundir.path)
-        report = write_report(rundir.path)
-        return finish(rundir.path, report)
+        result = finish(rundir.path, write_report(rundir.path))
+        told.end(study_numbers(result.summary))
+        return result
 
 
 def finish(path: Path, report: Path) -> Comparison:

@@ -59,6 +59,7 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--engine-option", multiple=True, metavar="NAME=VALUE", help="For SLURM, as submitit names it.")
 @click.option("--offline", is_flag=True, help="Look nothing up on a network; refuse what is not on this machine.")
 @click.option("--fail-if", metavar="EXPR", help="Leave with exit code 4 where this holds of the summary's numbers.")
+@click.option("--track", metavar="NAME", help="Log each cell to trackio or wandb as well.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take; run and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object instead of a table.")
 @click.pass_context
@@ -74,6 +75,7 @@ def compare(
     workers: int | None,
     gpus_per_worker: int,
     engine_option: tuple[str, ...],
+    track: str | None,
     **options: Any,
 ) -> None:
     """Compare the activation sparsity of autoregressive and diffusion language models.
@@ -113,7 +115,7 @@ def compare(
     from dllm_sparsity.cli.progress import make_progress
     from dllm_sparsity.comparison import compare as run
 
-    result = run(study, out, make_progress(), who)
+    result = run(study, out, make_progress(), who, track)
     if as_json:
         click.echo(json.dumps(result.summary, allow_nan=False))
     else:

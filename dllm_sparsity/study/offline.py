@@ -28,6 +28,11 @@ def go_offline() -> None:
             setattr(sys.modules[module], name, True)
 
 
+def is_offline() -> bool:
+    """Tell whether the network was turned off for all of the libraries, by `go_offline` or by hand."""
+    return all(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _SWITCHES)
+
+
 def check_offline(config: StudyConfig) -> None:
     """Refuse a study that needs what is not on this machine: models, tokenizers, and the data of its tasks.
 

@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,22 @@ class RunDir:
             fingerprint: The cell's.
         """
         return self.path / "journals" / f"{fingerprint}.journal"
+
+    def drop_journals(self, planned: Collection[str]) -> None:
+        """Remove what cells of an earlier study had begun, and say so.
+
+        Args:
+            planned: Fingerprints of the cells that may go on.
+
+        Raises:
+            UserError: The folder cannot be written to.
+        """
+        others = [path for path in (self.path / "journals").glob("*.journal") if path.stem not in planned]
+        with writing(self.path):
+            for path in others:
+                path.unlink(missing_ok=True)
+        if others:
+            self.tell(f"{len(others)} cells that an earlier run began are not in this study; their batches are removed")
 
     def seal(self, fingerprint: str, record: dict[str, Any], samples: pa.Table, steps: pa.Table) -> None:
         """Write a cell beside its place and move it there, so that it is whole or not there at all; drop its journal.

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -160,18 +161,17 @@ def test_a_backend_that_knows_no_order_is_refused():
     config = build_config(embedded(1))
     again = replace(expand(config)[0], replicate=1)
     with pytest.raises(UserError, match="cannot batch its requests in another order"):
-        with study_run._set_up(object(), again, None):
-            pass
+        study_run.run_cell(again, None, SimpleNamespace(lm=object()), "cell", {"seed": 0}, {}, None)
 
 
 def test_the_backend_is_left_as_it_was(monkeypatch, tmp_path):
-    seen, real = [], study_run._set_up
+    seen, real = [], study_run.prepared
 
-    def watched(lm, cell, task):
+    def watched(lm, setting):
         seen.append(lm.order_seed)
-        return real(lm, cell, task)
+        return real(lm, setting)
 
-    monkeypatch.setattr(study_run, "_set_up", watched)
+    monkeypatch.setattr(study_run, "prepared", watched)
     study = embedded(1)
     study["models"], study["tasks"] = study["models"][:1], study["tasks"][:1]
     compare(study, tmp_path / "run")

@@ -103,6 +103,8 @@ def run_study(
             jobs = [job for job in share.of(planner.all()) if job.fingerprint not in share.sealed]
         runner = _Runner(config, rundir, described, progress, planner, engine, pool)
         runner.plan(jobs)
+        if config.search is None and share.parts == 1:  # a search may ask for its cells again, another part for its own
+            rundir.drop_journals({job.fingerprint for job in jobs})
         pairs = [] if searches is None else share.of(planner.pairs())
         if engine.kind == "slurm":
             slurm.take_over(rundir)
