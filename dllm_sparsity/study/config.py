@@ -29,6 +29,8 @@ class ModelConfig(_Frozen):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = Field(default=16, ge=1)
     max_length: int | None = Field(default=None, ge=2)
+    share_context: bool = True
+    """Autoregressive: options of an item share the reading of their context where that is less work."""
     mask_token: str | int | None = None
     logits_shift: bool = False
     mc: int | Literal["exact"] = 16
