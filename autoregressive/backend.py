@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from autoregressive.decode import Sampling, decode
 from autoregressive.likelihood import score
+from autoregressive.shared import PAYS, Read, by_context, continues, cost, forwards
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.base import Generation, PromptBatch, Score, SparsityLM, Target
 from dllm_sparsity.sparsity.transfer import Download
@@ -23,6 +25,8 @@ class AutoregressiveBackend(SparsityLM):
         batch_size: Sequences in one forward pass.
         max_length: Longest sequence; from the model's config when None.
         seed: Seed of sampling.
+        share_context: Whether the options of an item share the reading of their context, where a tracker that takes
+            each row for itself counts on this backend's clock; it counts as if each had read it.
 
     Example:
         >>> lm = AutoregressiveBackend(model, tokenizer)  # doctest: +SKIP
@@ -32,13 +36,57 @@ class AutoregressiveBackend(SparsityLM):
 
     bidirectional = False
 
+    def __init__(self, model: Any, tokenizer: Any, *, share_context: bool = True, **settings: Any) -> None:
+        super().__init__(model, tokenizer, **settings)
+        self.share_context = share_context
+
     @property
     def estimator(self) -> str | None:
         """How likelihoods are estimated; None, for they are exact."""
         return None
 
     def _score(self, targets: Sequence[Target]) -> list[Score]:
-        return score(self.call, self.clock, targets, self.max_length, self.pad_id)
+        share = self.share_context and self.clock.may_share
+        return score(self.call, self.clock, targets, self.max_length, self.pad_id, share, share and self._continues)
+
+    def forwards(self, targets: Sequence[Target]) -> list[tuple[list[int], list[int], int]]:
+        """Return what scoring a batch takes where rows may be shared.
+
+        Of each forward pass: the tokens of its rows, how many tokens each can see, and the positions that get logits.
+
+        Args:
+            targets: The batch.
+        """
+        return forwards([Read.of(target, self.max_length) for target in targets], self.share_context, self._continues)
+
+    @cached_property
+    def _continues(self) -> bool:
+        return continues(self.model)
+
+    def _batches(self, order: list[int], targets: list[Target]) -> Iterable[list[int]]:
+        """Keep targets of one context together where that makes less work; the requests decide it, not the rule."""
+        plain = list(super()._batches(order, targets))
+        if not self.share_context:
+            return plain
+        reads = {number: Read.of(targets[number], self.max_length) for number in order}
+        together = list(self._together(order, reads))
+
+        def work(plan: list[list[int]]) -> int:
+            return sum(cost([reads[number] for number in batch], self._continues)[0] for batch in plan)
+
+        return together if work(together) <= PAYS * work(plain) else plain
+
+    def _together(self, order: list[int], reads: dict[int, Read]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for group in by_context([reads[number] for number in order]):
+            for start in range(0, len(group), self.batch_size):
+                own = [order[place] for place in group[start : start + self.batch_size]]
+                if len(batch) + len(own) > self.batch_size:
+                    yield batch
+                    batch = []
+                batch += own
+        if batch:
+            yield batch
 
     def _generate(self, batch: PromptBatch) -> list[Generation]:
         sampling = _sampling(batch.options)

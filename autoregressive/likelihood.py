@@ -1,4 +1,4 @@
-"""Exact log-likelihood of targets under a causal model, one forward pass a batch."""
+"""Exact log-likelihood of targets under a causal model; what targets of one item have in common is read once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from autoregressive.shared import Read, alike, cost, pick, score_continued
 from dllm_sparsity.lm.base import Score, Target
 from dllm_sparsity.lm.call import ModelCall, pad
 from dllm_sparsity.sparsity.clock import Clock, Phase, Slot, TokenState
@@ -14,37 +16,61 @@ from dllm_sparsity.sparsity.transfer import upload
 
 
 @torch.no_grad()
-def score(call: ModelCall, clock: Clock, targets: Sequence[Target], max_length: int, pad_id: int) -> list[Score]:
+def score(
+    call: ModelCall,
+    clock: Clock,
+    targets: Sequence[Target],
+    max_length: int,
+    pad_id: int,
+    share: bool = False,
+    continues: bool = False,
+) -> list[Score]:
     """Score one batch of targets.
 
     Context tokens are `prompt`, scored tokens that the model reads are `committed`; the last token of a target is
-    never read. What is too long loses its left end.
+    never read. What is too long loses its left end. What is read once for several targets is counted for each.
 
     Args:
         call: The model.
-        clock: Told of the forward pass.
+        clock: Told of the forward passes.
         targets: What to score.
         max_length: Longest input.
-        pad_id: Id to pad with on the right, where a causal model cannot see it.
+        pad_id: Id to pad with, where a causal model cannot see it.
+        share: Whether targets of one item share rows; only where the clock `may_share`.
+        continues: Whether the model's cache can be continued by several rows.
     """
-    inputs = [(target.context + target.tokens)[-(max_length + 1) :][:-1] for target in targets]
-    rows = pad(inputs, pad_id, "right")
-    scored = [range(len(ids) - len(t.tokens), len(ids)) for ids, t in zip(inputs, targets, strict=True)]
+    reads = [Read.of(target, max_length) for target in targets]
+    if share and cost(reads, continues)[1]:
+        found = score_continued(call, clock, reads, pad_id)
+    else:
+        found = _score_whole(call, clock, reads, alike(reads) if share else [[n] for n in range(len(reads))], pad_id)
+    return [Score(float(own.sum()), bool(hits.all()), 0.0, 1) for own, hits in found]
+
+
+def _score_whole(
+    call: ModelCall, clock: Clock, reads: Sequence[Read], groups: Sequence[Sequence[int]], pad_id: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Read whole inputs, one for each group of equal ones; return log-probabilities and hits of every target."""
+    inputs = [reads[group[0]] for group in groups]
+    rows = pad([read.ids for read in inputs], pad_id, "right")
     wanted = torch.zeros_like(rows.real)
     states = torch.where(rows.real, TokenState.PROMPT, TokenState.PAD)
-    for number, span in enumerate(scored):
-        states[number, span.start + 1 : span.stop] = TokenState.COMMITTED
-        wanted[number, span.start : span.stop] = True
+    for number, read in enumerate(inputs):
+        start, stop = len(read.context), len(read.ids)
+        states[number, start:stop] = TokenState.COMMITTED
+        wanted[number, start - 1 : stop] = True
     # without a mask: padding on the right is out of sight, and unmasked attention is the faster kernel
     unmasked = replace(rows.to(call.device), padded=False)
-    with clock.batch([target.item for target in targets]):
+    weights = None if len(groups) == len(reads) else [len(group) for group in groups]
+    with clock.batch([read.item for read in inputs], weights=weights):
         clock.tick(Slot(Phase.LIKELIHOOD), upload(states, call.device))
-        places = upload(wanted.flatten().nonzero().squeeze(-1), call.device)
-        logits = call.at(unmasked, places).log_softmax(-1, dtype=torch.float32)
-        asked = [t for target, span in zip(targets, scored, strict=True) for t in target.tokens[-len(span) :]]
-        tokens = upload(torch.tensor(asked), logits.device)
-        found = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        right = logits.argmax(-1) == tokens
-    lengths = [len(span) for span in scored]
-    parts = zip(found.cpu().split(lengths), right.cpu().split(lengths), strict=True)
-    return [Score(float(own.sum()), bool(hits.all()), 0.0, 1) for own, hits in parts]
+        logits = call.at(unmasked, upload(wanted.flatten().nonzero().squeeze(-1), call.device))
+        starts, start = [0] * len(reads), 0
+        for group in groups:
+            for place in group:
+                starts[place] = start
+            start += len(reads[group[0]].tokens)
+        places = [first + n for first, read in zip(starts, reads, strict=True) for n in range(len(read.tokens))]
+        found, right = pick(logits, places, [token for read in reads for token in read.tokens])
+    sizes = [len(read.tokens) for read in reads]
+    return list(zip(found.split(sizes), right.split(sizes), strict=True))

@@ -102,7 +102,13 @@ class ModelCall:
         logits = self.model(input_ids=rows.ids, **extra).logits
         return logits if positions is None or self._keeps else logits[:, positions]
 
-    def at(self, rows: Rows, places: Int[Tensor, "wanted"]) -> Float[Tensor, "wanted vocab"]:
+    def at(
+        self,
+        rows: Rows,
+        places: Int[Tensor, "wanted"],
+        cache: Any = None,
+        past: Bool[Tensor, "batch past"] | None = None,
+    ) -> Float[Tensor, "wanted vocab"]:
         """Return logits for single tokens.
 
         The head runs on these tokens alone: it is a large part of a small model's work.
@@ -110,6 +116,8 @@ class ModelCall:
         Args:
             rows: Token rows.
             places: Which tokens of the flattened rows.
+            cache: As in the call.
+            past: As in the call.
         """
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
 
@@ -120,7 +128,7 @@ class ModelCall:
 
         handle = head.register_forward_pre_hook(pick) if isinstance(head, nn.Module) else None
         try:
-            logits = self.model(input_ids=rows.ids, **self._arguments(rows)).logits
+            logits = self.model(input_ids=rows.ids, **self._arguments(rows, cache, past)).logits
         finally:
             if handle is not None:
                 handle.remove()

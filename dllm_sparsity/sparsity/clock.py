@@ -23,11 +23,14 @@ _GATHERED = (
     "an FFN saw another number of rows than the model was given, as under a cache that gathers tokens: their state is "
     "unknown, and overlap is off from there on, because nothing says which positions they are"
 )
-_OF_A_BATCH = ("capacity", "items", "slots", "noise", "frame", "_numbers", "_held", "_others")
+_OF_A_BATCH = ("capacity", "items", "weights", "slots", "noise", "frame", "_numbers", "_held", "_others")
 
 
 class Listener(Protocol):
     """What a clock tells: a ledger."""
+
+    by_row: bool
+    """Whether its rule and counts take each row for itself."""
 
     def begin(self, clock: Clock) -> None:
         """Prepare for a request batch."""
@@ -57,6 +60,7 @@ class Clock:
         self.overlap_refused = False
         self.listeners: list[Listener] = []
         self.items: list[Hashable] = []
+        self.weights: list[int] | None = None
         self.slots: dict[Slot, int] = {}
         self.noise: list[Tensor] = []  # per slot: bin of the masked fraction of each batch row's canvas
         self.capacity = 1
@@ -75,18 +79,27 @@ class Clock:
         if text not in self.notes:
             self.notes.append(text)
 
-    def begin(self, items: Sequence[Hashable], forwards: int = 1) -> None:
+    @property
+    def may_share(self) -> bool:
+        """Whether rows may be given a weight: there is a tracker, and all take each row for itself."""
+        return bool(self.listeners) and all(listener.by_row for listener in self.listeners)
+
+    def begin(self, items: Sequence[Hashable], forwards: int = 1, weights: Sequence[int] | None = None) -> None:
         """Start a request batch.
 
         Args:
             items: What each batch row belongs to; rows of one item are summed in the per-item counts.
             forwards: Forward passes to make room for; more are accepted.
+            weights: How many equal rows each batch row stands for; it is counted so often. None counts each once.
 
         Raises:
-            ValueError: There is no item.
+            ValueError: There is no item, or not one weight for each.
         """
         if not len(items):
             raise ValueError("begin: a request batch needs at least one item")
+        if weights is not None and len(weights) != len(items):
+            raise ValueError(f"begin: {len(weights)} weights for {len(items)} items")
+        self.weights = None if weights is None else list(weights)
         self.items, self.capacity = list(items), max(1, forwards)
         self.slots, self.noise, self.frame = {}, [], None
         for listener in self._told():
@@ -164,14 +177,17 @@ class Clock:
         return self.listeners if self.counting else []
 
     @contextmanager
-    def batch(self, items: Sequence[Hashable], forwards: int = 1) -> Iterator[Clock]:
+    def batch(
+        self, items: Sequence[Hashable], forwards: int = 1, weights: Sequence[int] | None = None
+    ) -> Iterator[Clock]:
         """Wrap one request batch in `begin` and `end`; after an exception nothing of it is counted.
 
         Args:
             items: As in `begin`.
             forwards: As in `begin`.
+            weights: As in `begin`.
         """
-        self.begin(items, forwards)
+        self.begin(items, forwards, weights)
         try:
             yield self
         except BaseException:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -54,6 +54,8 @@ class Ledger:
         self._routed_columns = [self.columns.index(name) for name in ("nonfinite", *placeless)]
         self.fusable = [type(metric) for metric in self.metrics] in ([Density], [Density, Overlap])
         """Whether the fused kernel counts all that is counted here."""
+        self.by_row = True
+        """Whether the rule takes each row for itself; metrics count row by row."""
         self._tables: list[Tensor] = []
         self._spare: list[Tensor] = []  # of the batch before: kept, so that addresses stay
         self._retired: list[Tensor] = []
@@ -201,9 +203,9 @@ class Ledger:
         for members in alike.values():
             step = max(1, _READ_BYTES // max(1, max(self._tables[point].nbytes for point in members)))
             for start in range(0, len(members), step):
-                self._fold(members[start : start + step], slots, bins, clock.items)
+                self._fold(members[start : start + step], slots, bins, clock)
 
-    def _fold(self, members: list[int], slots: list[Slot], bins: np.ndarray, items: list[Hashable]) -> None:
+    def _fold(self, members: list[int], slots: list[Slot], bins: np.ndarray, clock: Clock) -> None:
         """Read the lines that hold something, of tables of one device and kind at once; set them back to zero."""
         parts = [
             self._tables[point][: (len(slots) - self._start(point)) * self._lines(self.points[point])]
@@ -221,13 +223,15 @@ class Ledger:
         line, expert = np.divmod(line, np.array([max(1, each.experts) for each in self.points])[point])
         line, state = np.divmod(line, _STATES)
         slot, row = np.divmod(line, self._batch)
+        if clock.weights is not None:
+            counts = counts * np.array(clock.weights)[row][:, None]
         slot = slot + np.array([self._start(each) for each in members])[member]
         real = np.zeros(len(slots), dtype=bool)
         real[slot[state != TokenState.PAD]] = True  # else a forward pass in which every row waited
         routed = bool(self.points[members[0]].experts)
         found = (slot, row, point, state, expert if routed else expert - 1, counts)
         columns = [self.columns[n] for n in self._routed_columns] if routed else self.columns
-        self._records.add(Lines(*(each[real[slot]] for each in found)), columns, slots, bins, items)
+        self._records.add(Lines(*(each[real[slot]] for each in found)), columns, slots, bins, clock.items)
 
     def read(self, notes: Sequence[str] = ()) -> Reading:
         """Return everything counted so far as plain columns.

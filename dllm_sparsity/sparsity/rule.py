@@ -74,6 +74,14 @@ class Rule(ABC):
         """Whether this rule keeps everything."""
         return self.strength == self.dense
 
+    @property
+    def by_row(self) -> bool:
+        """Whether what is kept of a row depends on that row alone, and on its last bits hardly.
+
+        One row may then stand for several that are equal but for rounding. A rule has to say so.
+        """
+        return False
+
     @abstractmethod
     def keep(self, rows: Float[Tensor, "rows width"], where: Where) -> Bool[Tensor, "rows width"]:
         """Mark the entries that stay.
@@ -133,6 +141,11 @@ def acting(rule: Rule | None, layer: int) -> Rule | None:
 
 class CutoffRule(Rule):
     """Keep what scores at least the row's cutoff, ties included; this is the form that kernels fuse."""
+
+    @property
+    def by_row(self) -> bool:
+        """True: score and cutoff are a row's own."""
+        return True
 
     def score(self, rows: Float[Tensor, "rows width"], where: Where) -> Float[Tensor, "rows width"]:
         """Return what entries are ranked by; the magnitude unless a rule says otherwise.

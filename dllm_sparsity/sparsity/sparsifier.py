@@ -127,6 +127,7 @@ class Tracker:
 
     def _listen(self) -> None:
         """Let the clock drive the ledger."""
+        self.ledger.by_row = all(action.rule is None or action.rule.by_row for action in self._actions)
         if self.clock.items and not isinstance(self.clock, FreeClock):  # a request batch is open already
             self.ledger.begin(self.clock)
             self.ledger.tick(self.clock)

@@ -31,6 +31,8 @@ class ModelConfig(_Frozen):
     """How accelerate spreads a model over several GPUs, where it is too large for one."""
     batch_size: int = Field(default=16, ge=1)
     max_length: int | None = Field(default=None, ge=2)
+    share_context: bool = True
+    """Autoregressive: options of an item share the reading of their context where that is less work."""
     mask_token: str | int | None = None
     logits_shift: bool = False
     mc: int | Literal["exact"] = 16

@@ -72,6 +72,8 @@ def backend_settings(config: ModelConfig, seed: int) -> dict[str, Any]:
         UserError: An option of the sampler is unknown, or out of range.
     """
     settings: dict[str, Any] = {"batch_size": config.batch_size, "max_length": config.max_length, "seed": seed}
+    if config.paradigm == "autoregressive" and not config.share_context:
+        settings["share_context"] = False
     if config.paradigm == "diffusion":
         settings |= {name: getattr(config, name) for name in _DIFFUSION}
         settings["sampler"] = make_sampler(config)

@@ -146,12 +146,14 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
         task: What identifies the task: name, version, documents, prompts.
         versions: Of the packages that compute.
     """
-    model = cell.model.model_dump(mode="json", exclude={"label", "model"})
+    model = cell.model.model_dump(mode="json", exclude={"label", "model", "share_context"})
     if cell.task.mc is not None:
         model["mc"] = cell.task.mc
     if cell.model.paradigm == "autoregressive":
         only = ("paradigm", "revision", "trust_remote_code", "dtype", "device_map", "batch_size", "max_length")
         model = {name: model[name] for name in only}
+        if not cell.model.share_context:
+            model["share_context"] = False
     if model.get("device_map") is None:
         model.pop("device_map", None)  # of no account where it is not given
     rule = None

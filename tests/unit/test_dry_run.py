@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_sparsity.families import find_ffns
+from dllm_sparsity.sparsity.sparsifier import sparsify
 from dllm_sparsity.study import dry_run as module
 from dllm_sparsity.study.config import ModelConfig, TaskSpec, build_config
 from dllm_sparsity.study.cost import costs
@@ -30,7 +31,9 @@ def run_for_real(lm, task, spec):
     task.task.build_all_requests(limit=spec.limit)
     try:
         kind = task.task.instances[0].request_type
-        getattr(lm, kind)(task.task.instances)
+        with sparsify(lm.model, None, clock=lm.clock):  # as in a cell
+            seen.clear()
+            getattr(lm, kind)(task.task.instances)
     finally:
         handle.remove()
     return len(seen), sum(rows for rows, _ in seen)

@@ -54,6 +54,11 @@ class TopP(CutoffRule):
         """The share p."""
         return self.p
 
+    @property
+    def by_row(self) -> bool:
+        """Whether the mass is a row's own."""
+        return self.scope == "token"
+
     def score(self, rows: Float[Tensor, "rows width"], where: Where) -> Float[Tensor, "rows width"]:
         """Return |x|**power; powers other than 1 in float64, rows scaled by a power of two against overflow.
 
