@@ -54,7 +54,16 @@ class Column:
         Args:
             items: How many.
         """
-        parts: dict[str, Any] = {name: None if own is None else own[:items] for name, own in vars(self).items()}
+        return self.between(0, items)
+
+    def between(self, start: int, stop: int) -> Column:
+        """Return some items alone.
+
+        Args:
+            start: The first.
+            stop: One behind the last.
+        """
+        parts: dict[str, Any] = {name: None if own is None else own[start:stop] for name, own in vars(self).items()}
         return Column(**parts)
 
     def joined(self, more: Column) -> Column:

@@ -29,28 +29,26 @@ def smooth(
     noise = covariance + np.eye(len(place)) * (_LEAST * scale) ** 2
     trend, ahead = (np.stack([np.ones_like(at), at], axis=1) for at in (place, mesh))
     among, across = _bend(place, place), _bend(place, mesh)
-    evidences, means, variances = [], [], []
-    for bend in (_BENDS * scale) ** 2:
-        whole = noise + bend * among
-        inverse = np.linalg.inv(whole)
-        information = trend.T @ inverse @ trend
-        unsure = np.linalg.inv(information)
-        line = unsure @ (trend.T @ (inverse @ height))
-        rest = height - trend @ line
-        pulled = bend * (inverse @ across)
-        lack = ahead - pulled.T @ trend
-        evidences.append(-(_log(whole) + _log(information) + rest @ inverse @ rest) / 2)
-        means.append(ahead @ line + pulled.T @ rest)
-        variances.append(bend * (mesh**3 / 3 - (across * pulled).sum(0)) + ((lack @ unsure) * lack).sum(1))
-    weights = np.exp(np.array(evidences) - max(evidences))
+    bends = (_BENDS * scale)[:, None, None] ** 2
+    whole = noise + bends * among
+    inverse = np.linalg.inv(whole)
+    information = trend.T @ inverse @ trend
+    unsure = np.linalg.inv(information)
+    line = unsure @ (trend.T @ (inverse @ height)[..., None])
+    rest = height[:, None] - trend @ line
+    pulled = bends * (inverse @ across)
+    lack = ahead - pulled.swapaxes(1, 2) @ trend
+    evidence = -(_log(whole) + _log(information) + (rest * (inverse @ rest)).sum((1, 2))) / 2
+    means = (ahead @ line + pulled.swapaxes(1, 2) @ rest)[..., 0]
+    variances = bends[..., 0] * (mesh**3 / 3 - (across * pulled).sum(1)) + ((lack @ unsure) * lack).sum(2)
+    weights = np.exp(evidence - evidence.max())
     weights /= weights.sum()
-    value = weights @ np.array(means)
-    variance = weights @ (np.maximum(variances, 0) + (np.array(means) - value) ** 2)
-    return value, np.sqrt(variance)
+    value = weights @ means
+    return value, np.sqrt(weights @ (np.maximum(variances, 0) + (means - value) ** 2))
 
 
-def _log(matrix: np.ndarray) -> float:
-    return float(np.linalg.slogdet(matrix)[1])
+def _log(matrices: np.ndarray) -> np.ndarray:
+    return np.linalg.slogdet(matrices)[1]
 
 
 def _bend(here: np.ndarray, there: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ class Sample:
 
     def __init__(self, world: World, rng: np.random.Generator) -> None:
         n = world.items
-        self.world = world
+        self.world, self._columns = world, dict[float, Column]()
         self.group = None if world.together == 1 else rng.permutation(n) // world.together
         self.difficulty = self._normal(rng, n)
         self.scale = np.exp(0.6 * self._normal(rng, n) - 0.18)
@@ -104,21 +104,25 @@ class Sample:
             start: First item.
             stop: One behind the last.
         """
-        own = slice(start, stop)
+        if strength not in self._columns:
+            self._columns[strength] = self._column(strength)
+        return self._columns[strength].between(start, stop)
+
+    def _column(self, strength: float) -> Column:
         angles = strength * np.array([3.0, 11.0, 29.0])[:, None]
-        noise = (self.sine[:, own] * np.sin(angles) + self.cosine[:, own] * np.cos(angles)).sum(0)
+        noise = (self.sine * np.sin(angles) + self.cosine * np.cos(angles)).sum(0)
         noise *= self.world.flips * math.sqrt(strength)
         loss = float(self.world.loss(np.array(strength)))
-        tokens = self.tokens[own]
+        tokens = self.tokens
         if self.world.kind == "nll":
-            height, weight = -tokens * (self.level[own] + self.scale[own] * loss + 0.05 * noise), tokens
+            height, weight = -tokens * (self.level + self.scale * loss + 0.05 * noise), tokens
         else:
-            height = (self.world.skill + self.difficulty[own] + noise > loss).astype(float)
+            height = (self.world.skill + self.difficulty + noise > loss).astype(float)
             weight = np.ones_like(height)
         share = float(sparsity_at(strength))
         total = tokens * 1000
-        kept = total * (1 - np.clip(share + self.tilt[own] * share * (1 - share), 0, 1))
-        return Column(height, weight, kept, total, None if self.group is None else self.group[own])
+        kept = total * (1 - np.clip(share + self.tilt * share * (1 - share), 0, 1))
+        return Column(height, weight, kept, total, self.group)
 
 
 def sparsity_at(strength: np.ndarray | float) -> np.ndarray:
