@@ -169,7 +169,7 @@ def test_a_grid_that_misses_the_truth_is_stretched():
 def test_the_table_has_a_line_for_each_world():
     own = tally(BY_NAME["NLL, monotone"], 5, 2)
     lines = table([own]).splitlines()
-    assert [line.count("|") for line in lines] == [14, 14, 14]
+    assert [line.count("|") for line in lines] == [15, 15, 15]
     assert own.at_width(own.width / 2) == pytest.approx(own.cheaper / 4)
     assert own.at_width(own.width * 2) == own.cheaper
     low, read, high = grid_study(BY_NAME["NLL, monotone"].draw(0))

@@ -12,7 +12,7 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
-from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint
+from dllm_sparsity.study.plan import SEARCH_PASSES, Cell, cell_parts, expand, fingerprint
 from dllm_sparsity.study.quiet import quiet
 from dllm_sparsity.study.run import run_cell
 from dllm_sparsity.study.rundir import RunDir
@@ -200,7 +200,7 @@ class _Planner:
         return [(spec, task) for spec in self.config.tasks for task in self.tasks[spec]]
 
     def search_cost(self) -> float:
-        """Guess what all searches cost: about four times the items of each curve."""
+        """Guess what all searches cost: so many times the items of each curve."""
         curves = [(rule, site) for rule in self.config.rules for site in rule.sites]
         dense = [
             self.job(Cell(model, spec, None, None, None, ()), task).cost
@@ -208,4 +208,4 @@ class _Planner:
             for spec, tasks in self.tasks.items()
             for task in tasks
         ]
-        return 4 * len(curves) * sum(dense)
+        return SEARCH_PASSES * len(curves) * sum(dense)
