@@ -87,9 +87,10 @@ class Curve:
 
         Args:
             name: One of the four readings.
-            retention: One of the retentions.
+            retention: Share of the dense quality; where it was not asked for, the reading says so.
         """
-        return next(own for own in self.readings if (own.reading, own.retention) == (name, retention))
+        found = (own for own in self.readings if (own.reading, own.retention) == (name, retention))
+        return next(found, Reading(name, retention, None, None, False, "nobody asked for this retention", np.empty(0)))
 
 
 def curves_of(cells: Sequence[Cell], draws: int = DRAWS, seed: int = SEED) -> tuple[list[Curve], list[str]]:
@@ -206,7 +207,8 @@ def _curve(
         for i, cell in enumerate(_cells(group))
     ]
     reason = _no_reading(quality, float(measured[0, 0]), values[0], clusters)
-    readings = _readings(sparsity, scale.sign * measured, scale.logarithmic, reason)
+    asked = sorted({*critical.RETENTIONS, *(own["retention"] for own in group.dense.searches)})
+    readings = _readings(sparsity, scale.sign * measured, scale.logarithmic, reason, asked)
     readings = _searched(readings, group, quality, reason, draws, seed)
     ordered = [points[0], *sorted(points[1:], key=lambda point: point.sparsity)]
     return Curve(group, quality, keys, tuple(ordered), tuple(readings), clusters)
@@ -259,9 +261,11 @@ def _searched(
     return kept
 
 
-def _readings(sparsity: np.ndarray, height: np.ndarray, logarithmic: bool, reason: str | None) -> list[Reading]:
+def _readings(
+    sparsity: np.ndarray, height: np.ndarray, logarithmic: bool, reason: str | None, retentions: Sequence[float]
+) -> list[Reading]:
     found = []
-    for retention in critical.RETENTIONS:
+    for retention in retentions:
         values, censored = critical.readings(sparsity, height, retention, logarithmic)
         for name in critical.READINGS:
             value, draws = float(values[name][0]), values[name][1:]

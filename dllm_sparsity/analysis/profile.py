@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dllm_sparsity.analysis.spline import smooth
+
 LEVEL = 0.95
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-_Row = tuple[float, float, np.ndarray, np.ndarray]
 _SURE = 3.0
-_SHARES = np.linspace(0, 1, 33)
+_SHARES = np.linspace(0, 1, 25)[1:]
 _REACH, _FARTHEST = 0.5, 0.02
+_CHANGED = 2.0
+"""Items lost and gained on top of those seen, in variance."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class Column:
         weight: Its denominator.
         kept: Activations kept.
         total: Activations.
+        group: Number of the group of each item; None where all stand alone.
     """
 
     height: np.ndarray
     weight: np.ndarray
     kept: np.ndarray
     total: np.ndarray
+    group: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.height)
@@ -48,16 +54,29 @@ class Column:
         Args:
             items: How many.
         """
-        return Column(*(getattr(self, name)[:items] for name in self.__dataclass_fields__))
+        return self.between(0, items)
+
+    def between(self, start: int, stop: int) -> Column:
+        """Return some items alone.
+
+        Args:
+            start: The first.
+            stop: One behind the last.
+        """
+        parts: dict[str, Any] = {name: None if own is None else own[start:stop] for name, own in vars(self).items()}
+        return Column(**parts)
 
     def joined(self, more: Column) -> Column:
         """Return these items and those after them.
 
         Args:
-            more: The next items.
+            more: The next items; they have groups where these have.
         """
-        names = self.__dataclass_fields__
-        return Column(*(np.concatenate([getattr(self, name), getattr(more, name)]) for name in names))
+        parts: dict[str, Any] = {
+            name: None if own is None else np.concatenate([own, getattr(more, name)])
+            for name, own in vars(self).items()
+        }
+        return Column(**parts)
 
 
 @dataclass(frozen=True)
@@ -83,21 +102,19 @@ class Profile:
         points: Sparsity of the measured points, ascending; the first is dense.
         margins: Quality less its threshold at the points.
         errors: Standard errors of the margins.
-        covered: Sparsity from where to where lines are drawn between neighbours, or a little beyond.
         estimate: Sparsity at the first crossing; the end where there is none.
-        low: First sparsity that cannot be told from a miss.
-        high: Sparsity from where on all is a miss beyond doubt; the end where there is none.
+        low: Sparsity below the estimate up to which the margin is told from a miss.
+        high: First sparsity that is a miss beyond doubt; the end where there is none.
         fails: Whether there is such a sparsity.
         sure: As `high`, at three standard errors; infinite where there is no such sparsity.
         crosses: Whether the margin falls below zero at all.
-        within_reach: `low` and `high` as they would be, were every strength measured on all items.
+        within_reach: `low` and `high` as they would be, were there no gaps between the points.
         sparsity_error: Standard error of the sparsity itself at the crossing.
     """
 
     points: np.ndarray
     margins: np.ndarray
     errors: np.ndarray
-    covered: tuple[float, float]
     estimate: float
     low: float
     high: float
@@ -120,72 +137,68 @@ class Profile:
         return self.interval[1] - self.interval[0]
 
 
-def profile(dense: Column, sparse: Sequence[Column], threshold: Threshold, ended: bool = False) -> Profile:
-    """Draw the margin in straight lines between points that share all their items, and read the interval off it.
+class _Row(NamedTuple):
+    """A point: sparsity, margin, each item's pull on both, further variance of the margin, number of items."""
 
-    The interval inverts a paired test: a sparsity belongs to it unless its margin is told from zero, each side at half
-    the error rate. That takes no slope, so it holds where a curve is flat and where it falls over a cliff. A strength
-    measured on the first items only is set beside the nearest one measured on all, by their paired difference.
+    place: float
+    margin: float
+    noise: np.ndarray
+    spread: np.ndarray
+    extra: float
+    items: int
+
+
+def profile(dense: Column, sparse: Sequence[Column], threshold: Threshold, ended: bool = False) -> Profile:
+    """Draw a smooth margin through points that share items, and read the interval off it.
+
+    A point's margin is the paired difference to dense on the point's items, set on the dense margin of all items. The
+    curve is a cubic smoothing spline with the covariance of the points as it was measured, so that strengths with few
+    items, or with the same items, weigh what they should; how far it bends is weighed by the points' own evidence. Its
+    error grows in the gaps between points. The interval inverts a test: a sparsity belongs to it unless the margin is
+    told from zero, each side at half the error rate. Items of one group are counted together.
 
     Args:
         dense: The dense cell's items.
-        sparse: The same items at each strength, or the first of them, in any order; one at least has all.
+        sparse: The same items at each strength, or the first of them, in any order.
         threshold: What is asked.
         ended: Whether the last strength is the last there is, so that nothing lies beyond it.
 
-    Source: Fieller 1954, Some problems in interval estimation, for the inversion; Cochran 1977,
-        Sampling Techniques, section 12.9, for the difference (double sampling); Agresti and Min 2005, for half a lost
-        and half a gained item on top of bounded qualities, without which a few items that happen to agree look certain.
+    Source: Fieller 1954, Some problems in interval estimation, for the inversion; Liang and Zeger 1986, Longitudinal
+        data analysis using generalized linear models, for groups; Agresti and Min 2005, for items lost and gained on
+        top of bounded qualities, without which a few items that happen to agree look certain. The curve: `smooth`.
     """
-    items = len(dense)
-    rows = [_row(dense, dense, threshold)]
-    whole = [_row(column, dense, threshold) for column in sparse if len(column) >= items]
-    rows += whole + [_lifted(column, dense, sparse, threshold) for column in sparse if len(column) < items]
-    rows = [rows[0], *sorted(rows[1:], key=lambda row: row[0])]
-    place = np.maximum.accumulate([row[0] for row in rows])
-    margin = np.array([row[1] for row in rows])
-    noise, spread = np.stack([row[2] for row in rows]), np.stack([row[3] for row in rows])
-    covariance = noise @ noise.T / items**2
-    extra = 1 / items**2 if threshold.bounded else 0.0
-    mix = _mix(place, ended)
-    mesh, value = mix @ place, mix @ margin
-    error = np.sqrt(np.maximum(np.einsum("mi,ij,mj->m", mix, covariance, mix), 0) + extra)
-    error[mesh <= place[0]] = 0.0
-    whole_places = np.array([row[0] for row in whole])
-    nearest = np.abs(mesh[:, None] - whole_places).argmin(1)
-    least = np.minimum(error, np.array([_error(row[2], items, extra) for row in whole])[nearest])
+    top = _pulls(dense, dense, threshold)
+    rows = [_Row(top[0], top[1], top[2] / len(dense), top[3] / len(dense), 0.0, 0)]
+    rows += sorted((_against(top, dense, column, threshold) for column in sparse), key=lambda row: row.place)
+    place = np.maximum.accumulate([row.place for row in rows])
+    margin = np.array([row.margin for row in rows])
+    noise, spread = (_by_group(np.stack([row[part] for row in rows]), dense.group) for part in (2, 3))
+    covariance = noise @ noise.T + np.diag([row.extra for row in rows])
+    errors = np.sqrt(np.diag(covariance))
+    mesh = _mesh(place, ended)
+    value, error = smooth(place, margin, covariance, mesh)
+    error[0] = 0.0
+    most = max(row.items for row in rows)
+    whole = [index for index, row in enumerate(rows) if row.items == most]
     estimate, crosses = _first(mesh, value)
-    low, _ = _first(mesh, value - _Z * error)
-    high, fails = _last(mesh, value + _Z * error)
-    sure, surely = _last(mesh, value + _SURE * error)
-    where = min(int(np.searchsorted(mesh, estimate)), len(mesh) - 1)
+    low, high, fails = _ends(mesh, value, error, estimate)
+    sure, surely = _first(mesh, value + _SURE * error)
     return Profile(
         points=place,
         margins=margin,
-        errors=np.sqrt(np.diag(covariance) + extra),
-        covered=(float(mesh[len(_SHARES)]) if len(place) > 2 else float(place[0]), float(mesh[-1])),
+        errors=errors,
         estimate=estimate,
-        low=min(low, estimate),
-        high=max(high, estimate),
+        low=low,
+        high=high,
         fails=fails,
         sure=sure if surely else math.inf,
         crosses=crosses,
-        within_reach=(
-            min(_first(mesh, value - _Z * least)[0], estimate),
-            max(_last(mesh, value + _Z * least)[0], estimate),
-        ),
-        sparsity_error=float(np.sqrt(np.sum((mix[where] @ spread) ** 2)) / items),
+        within_reach=_ends(mesh, value, np.minimum(error, np.interp(mesh, place[whole], errors[whole])), estimate)[:2],
+        sparsity_error=float(np.linalg.norm(spread[int(np.abs(place - estimate).argmin())])),
     )
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return a ratio of sums and each item's pull on it."""
-    mean = denominator.mean()
-    value = float(numerator.mean() / mean)
-    return value, (numerator - value * denominator) / mean
-
-
-def _row(column: Column, dense: Column, threshold: Threshold) -> _Row:
+def _pulls(column: Column, dense: Column, threshold: Threshold) -> tuple[float, float, np.ndarray, np.ndarray]:
     """Return sparsity, margin, and each item's pull on the margin and on the sparsity."""
     share = 1.0 if threshold.logarithmic else threshold.retention
     top, pull = _ratio(dense.height, dense.weight)
@@ -195,42 +208,45 @@ def _row(column: Column, dense: Column, threshold: Threshold) -> _Row:
     return 1 - kept, value - base, own - share * pull, spread
 
 
-def _lifted(column: Column, dense: Column, others: Sequence[Column], threshold: Threshold) -> _Row:
-    """Return the row of a strength measured on the first items only: the nearest whole one's, and the difference."""
-    items, few = len(dense), len(column)
-    near = min((own for own in others if len(own) >= items), key=lambda own: abs(own.sparsity - column.sparsity))
-    there, here = _row(near, dense, threshold), _row(near.first(few), dense.first(few), threshold)
-    own = _row(column, dense.first(few), threshold)
-    margin, sparsity = (
-        _moved(base, (new - old) * items / few)
-        for base, new, old in ((there[2], own[2], here[2]), (there[3], own[3], here[3]))
-    )
-    return there[0] + own[0] - here[0], there[1] + own[1] - here[1], margin, sparsity
+def _against(
+    top: tuple[float, float, np.ndarray, np.ndarray], dense: Column, column: Column, threshold: Threshold
+) -> _Row:
+    """Return the point of a strength: its difference to dense on its own items, and the dense margin of all."""
+    few = len(column)
+    first = dense.first(few)
+    place, margin, own, spread = _pulls(column, first, threshold)
+    _, there, base, _ = _pulls(first, first, threshold)
+    pull = top[2] / len(dense)
+    pull[:few] += (own - base) / few
+    apart = 1.0 if first.group is None else few / len(np.unique(first.group))
+    extra = _CHANGED * (apart / few) ** 2 if threshold.bounded else 0.0
+    return _Row(place, margin - there + top[1], pull, np.pad(spread / few, (0, len(dense) - few)), extra, few)
 
 
-def _moved(whole: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Add to the first items."""
-    moved = whole.copy()
-    moved[: len(first)] += first
-    return moved
+def _by_group(pulls: np.ndarray, group: np.ndarray | None) -> np.ndarray:
+    """Add up the pulls of items of one group."""
+    return pulls if group is None else np.stack([np.bincount(group, own) for own in pulls])
 
 
-def _error(pull: np.ndarray, items: int, extra: float) -> float:
-    return math.sqrt(float(pull @ pull) / items**2 + extra)
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return a ratio of sums and each item's pull on it."""
+    mean = denominator.mean()
+    value = float(numerator.mean() / mean)
+    return value, (numerator - value * denominator) / mean
 
 
-def _mix(place: np.ndarray, ended: bool) -> np.ndarray:
-    """Return the mesh as mixtures of the points: between neighbours, and a little beyond the sparse ones."""
-    corners = list(np.eye(len(place)))
-    if len(place) > 2:
-        first, last = place[2] - place[1], place[-1] - place[-2]
-        below = min(_REACH * first, _FARTHEST, place[1] - place[0]) / max(first, 1e-12)
-        above = min(_REACH * last, _FARTHEST) / max(last, 1e-12)
-        corners.insert(1, corners[1] + below * (corners[1] - corners[2]))
-        if not ended:
-            corners.append(corners[-1] + above * (corners[-1] - corners[-2]))
-    pieces = [(1 - _SHARES)[:, None] * start + _SHARES[:, None] * end for start, end in pairwise(corners)]
-    return np.concatenate(pieces)
+def _ends(mesh: np.ndarray, value: np.ndarray, error: np.ndarray, estimate: float) -> tuple[float, float, bool]:
+    """Return the ends of the interval, and whether there is an upper one."""
+    high, fails = _first(mesh, value + _Z * error)
+    return min(_before(mesh, value - _Z * error, estimate), estimate), max(high, estimate), fails
+
+
+def _mesh(place: np.ndarray, ended: bool) -> np.ndarray:
+    """Return places between the points, and a little beyond the last."""
+    ends = list(place)
+    if not ended and len(place) > 1:
+        ends.append(place[-1] + min(_REACH * (place[-1] - place[-2]), _FARTHEST))
+    return np.concatenate([[ends[0]], *(start + _SHARES * (end - start) for start, end in pairwise(ends))])
 
 
 def _first(mesh: np.ndarray, value: np.ndarray) -> tuple[float, bool]:
@@ -246,12 +262,14 @@ def _first(mesh: np.ndarray, value: np.ndarray) -> tuple[float, bool]:
     return float(mesh[index - 1] + share * (mesh[index] - mesh[index - 1])), True
 
 
-def _last(mesh: np.ndarray, value: np.ndarray) -> tuple[float, bool]:
-    """Return where a line falls below zero for good, and whether it does."""
-    above = value >= 0
-    if above[-1]:
-        return float(mesh[-1]), False
-    index = len(above) - 1 - int(above[::-1].argmax()) if above.any() else 0
-    drop = value[index] - value[index + 1]
-    share = value[index] / drop if drop > 0 else 0.0
-    return float(mesh[index] + share * (mesh[index + 1] - mesh[index])), True
+def _before(mesh: np.ndarray, value: np.ndarray, place: float) -> float:
+    """Return where a line falls below zero for the last time before a place."""
+    end = int(np.searchsorted(mesh, place, side="right"))
+    above = np.nonzero(value[:end] >= 0)[0]
+    if not len(above):
+        return float(mesh[0])
+    index = int(above[-1])
+    if index + 1 >= end:
+        return float(mesh[index])
+    share = value[index] / (value[index] - value[index + 1])
+    return float(mesh[index] + share * (mesh[index + 1] - mesh[index]))

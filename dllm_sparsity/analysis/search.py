@@ -16,16 +16,17 @@ LADDER = (0.0, 0.05, 0.15, 0.3, 0.5, 0.75, 1.0)
 """Shares of the way from dense to the sparsest strength."""
 _GROWTH, _LEAP, _SPARE = 1.25, 2.0, 1.1
 """Items of a round, in those of the round before: at least, at most, and beyond what the width seems to need."""
-_MOST_POINTS = 12
-_LIFT = 8
+_MOST, _MOST_AT_LAST = 12, 4
+"""Strengths that a round may measure for one retention; the last round, on all items, is the dear one."""
+_PART = 16
 """A strength counts in a round when it was measured on this part of its items."""
-_BEND = 0.12
-"""Widest gap between neighbours at the ends of the interval, in roots of its width: a curve bends as its square."""
-_AT_CROSSING, _AT_LOW, _IN_PASSING = 1.5, 2.5, 2.0
-"""How much wider it may be elsewhere: below a curve that bends down, a chord makes the low end err to the safe side."""
-_LOOSE = 0.3
-"""What strengths measured on part of the items may cost, in widths."""
-_STEEP, _NEAR = 1.6, 1.25
+_OUT = 0.9
+"""Where strengths are put, in shares of the way from the estimate to the ends of the interval."""
+_NEAR, _SAME, _CLOSE = 0.3, 0.2, 0.1
+"""In widths: how near a strength serves a place, may be taken in its stead, and serves an end where a gap costs."""
+_LOSS = 0.15
+"""What a gap between strengths may cost, in widths."""
+_STEEP = 1.6
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ class Search:
     """Look for the critical sparsity of one curve at one or several retentions.
 
     Few items are measured up a ladder of strengths until one fails beyond doubt. Then rounds follow, each on more
-    items: the strengths around the crossing are measured on all items of the round, placed by what the round before
-    told, until the crossing's interval lies between them. A round is followed by another while the interval is wider
-    than asked. Every item of a round is measured at every strength of it, so all comparisons are paired, and the
-    strengths only follow the root of the curve of these very items: choosing them adds no error. The stop looks at the
-    width alone, never at the place, which leaves the interval its coverage.
+    items: two or three strengths near the ends of the interval are measured on all items of the round, placed by what
+    the round before told, and the crossing is read from a smooth curve through all strengths measured so far. A round
+    is followed by another while the interval is wider than asked. All comparisons are paired by item; a strength left
+    behind keeps its say by the items it has. The stop looks at the width alone, never at the place, which leaves the
+    interval its coverage.
 
     Args:
         ladder: Strengths from dense on, each sparser than the one before; the first is dense.
@@ -204,16 +205,16 @@ class Search:
         return self.dense.first(items)
 
     def _settle(self, goal: Goal, items: int) -> Generator[Ask, Column, None]:
-        """Measure strengths on all items of the round until the interval lies between them."""
-        guide, found = goal.profile, None
-        for _ in range(_MOST_POINTS):
-            found = self._profile(goal, items)
-            target = self._target(found, guide, items)
-            strength = None if target is None else self._strength(target, found or guide, items)
+        """Measure strengths on all items of the round until more would not narrow the interval much."""
+        found = self._profile(goal, items)
+        for _ in range(_MOST_AT_LAST if items == self.limits.items else _MOST):
+            if found is not None and self._is_narrow(found):
+                break
+            target = self._target(found, goal, items)
+            strength = None if target is None else self._strength(target, found or goal.profile, items)
             if strength is None:
                 break
             yield from self._measure(strength, items)
-        else:
             found = self._profile(goal, items)
         if found is not None:
             goal.profile, goal.items = found, items
@@ -221,43 +222,34 @@ class Search:
     def _profile(self, goal: Goal, items: int) -> Profile | None:
         if self.dense is None or all(len(column) < items for column in self.columns.values()):
             return None
-        enough = [column.first(items) for column in self.columns.values() if len(column) * _LIFT >= items]
-        return profile(self.dense.first(items), enough, goal.threshold, self._ended(items))
+        ordered = sorted(self.columns.values(), key=lambda column: column.sparsity)
+        chosen = [column.first(items) for column in ordered if len(column) * _PART >= items]
+        beyond = [column for column in ordered if column.sparsity > chosen[-1].sparsity][:1]
+        return profile(self.dense.first(items), chosen + beyond, goal.threshold, self._ended())
 
-    def _ended(self, items: int) -> bool:
-        """Tell whether the last strength there is was measured on enough items of the round."""
-        return len(self.columns.get(self.ladder[-1], ())) * _LIFT >= items
+    def _ended(self) -> bool:
+        return self.ladder[-1] in self.columns
 
-    def _target(self, found: Profile | None, guide: Profile | None, items: int) -> float | None:
+    def _target(self, found: Profile | None, goal: Goal, items: int) -> float | None:
         """Return the sparsity at which a point is missing, or None where nothing is."""
-        if found is None:
-            return guide.estimate if guide is not None else None
-        if guide is not None:  # strengths that another retention asked for may all be far away
-            whole = [column.sparsity for column in self.columns.values() if len(column) >= items]
-            if min(abs(place - guide.estimate) for place in whole) > max(guide.width, self.limits.width):
-                return guide.estimate
-        if not found.fails and not self._ended(items):
-            return _above(found)
-        points, (low, high) = found.points, found.within_reach
-        final = items == self.limits.items or high - low <= _NEAR * self.limits.width
-        coarse = _BEND * math.sqrt(max(self.limits.width, high - low))
-        places = [(found.estimate, _AT_CROSSING), (high, 1.0), (low, _AT_LOW)]
-        for place, slack in places if final else [(found.estimate, _IN_PASSING)]:
-            if not found.fails and place >= points[-1]:
-                continue
-            if found.covered[0] <= place < points[1] or points[-1] < place <= found.covered[1]:
-                continue
-            left = int(np.clip(np.searchsorted(points, place, side="right") - 1, 0, len(points) - 2))
-            start, end = points[left], points[left + 1]
-            if end - start > slack * coarse:
-                return float(np.clip(place, start + 0.2 * (end - start), end - 0.2 * (end - start)))
-        if not final:
+        curve, shrunk = found, 1.0
+        if curve is None:
+            curve, shrunk = goal.profile, math.sqrt(goal.items / items)
+        if curve is None:
             return None
-        lost = _LOOSE * max(self.limits.width, high - low)
-        if low - found.low > lost:
-            return low - 0.15 * (found.estimate - low)
-        if found.high - high > lost:
-            return high + 0.15 * (high - found.estimate)
+        low, high = (curve.estimate + shrunk * (end - curve.estimate) for end in curve.within_reach)
+        last, width = float(curve.points[-1]), max(high - low, self.limits.width / 2)
+        if not curve.fails and not self._ended() and high >= last:
+            return _above(curve)
+        whole = [column.sparsity for column in self.columns.values() if len(column) >= items]
+        lost = sorted([(low - curve.low, low), (curve.high - high, high)], reverse=True)
+        places = [(curve.estimate + _OUT * (end - curve.estimate), _NEAR) for _, end in lost]
+        if items == self.limits.items:
+            places += [(end, _CLOSE) for loss, end in lost if loss > _LOSS * width]
+        for place, reach in places:
+            place = min(place, last)
+            if min((abs(own - place) for own in whole), default=math.inf) > reach * width:
+                return place
         return None
 
     def _strength(self, target: float, near: Profile | None, items: int) -> float | None:
@@ -266,8 +258,7 @@ class Search:
         places = np.array([0.0, *(self.columns[strength].sparsity for strength in order)])
         width = near.width if near is not None else 0.0
         for strength, place in zip(order, places[1:], strict=True):
-            have = len(self.columns[strength]) / items
-            if have < 1 and abs(place - target) <= width * (0.1 + 0.4 * have):
+            if len(self.columns[strength]) < items and abs(place - target) <= _SAME * width:
                 return strength
         if target > places[-1] + 1e-9:
             return next((rung for rung in self.ladder[1:] if rung not in self.columns), None)

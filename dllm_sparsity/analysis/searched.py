@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from dllm_sparsity.analysis.checking import read_record
 from dllm_sparsity.analysis.curves import achieved
@@ -40,6 +41,7 @@ class SearchedCurve:
         self.identity = {name: dense.record[name] for name in ("paradigm", "model", "task")}
         self.setting: dict[str, Any] = {}
         self._dense: dict[tuple[int, int], Cell] = {}
+        self._groups: dict[Any, int] = {}
 
     def threshold(self, retention: float) -> Threshold:
         """Return what a retention asks of this quality.
@@ -69,7 +71,16 @@ class SearchedCurve:
             weight=np.where(missing, 0.0, denominator),
             kept=kept,
             total=total,
+            group=self._grouped(samples, block[0]),
         )
+
+    def _grouped(self, samples: pa.Table, first: int) -> np.ndarray | None:
+        """Return the number of each item's group, the same in all blocks; items without a group stand alone."""
+        if "group" not in samples.column_names:
+            return None
+        labels = samples["group"].to_pylist()
+        named = [(first + row,) if label is None else label for row, label in enumerate(labels)]
+        return np.array([self._groups.setdefault(label, len(self._groups)) for label in named], dtype=np.int64)
 
     def answer(self, goal: Goal, search: Search, width: float) -> dict[str, Any]:
         """Return what was found, as plain data.

@@ -35,16 +35,20 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
     """
     curves, notes = curves_of(run.cells, draws, seed)
     judged, limits = judge(curves, run.cells, draws, seed)
-    pairs = comparisons(curves)
+    asked = _asked(run)
+    retentions = sorted({*RETENTIONS, *asked})
+    pairs = comparisons(curves, retentions)
     return clean(
         {
             "version": SUMMARY_VERSION,
             "study": run.name,
-            "retentions": list(RETENTIONS),
-            "default_retention": DEFAULT_RETENTION,
+            "retentions": retentions,
+            "retentions_asked": asked,
+            "default_retention": asked[0],
             "default_reading": DEFAULT_READING,
             "bootstrap": {"draws": draws, "seed": seed, "level": 0.95},
-            "findings": findings(curves, pairs) + allocation_findings(run.search),
+            "findings": [text for retention in asked for text in findings(curves, pairs, retention)]
+            + allocation_findings(run.search),
             "notes": _notes(run) + notes + limits + _further_notes(run),
             "counts": _counts(run),
             "curves": _with_holm([_curve(*both) for both in zip(curves, judged, strict=True)]),
@@ -54,6 +58,12 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
             **({} if run.search is None else {"search": run.search}),
         }
     )
+
+
+def _asked(run: Run) -> list[float]:
+    """Return the retentions that a search was asked for, the default one first, else the strictest."""
+    found = {own["retention"] for cell in run.cells for own in cell.searches}
+    return sorted(found or {DEFAULT_RETENTION}, key=lambda own: (own != DEFAULT_RETENTION, -own))
 
 
 def clean(value: Any) -> Any:

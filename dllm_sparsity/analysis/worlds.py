@@ -27,6 +27,9 @@ class World:
         retention: Share of dense to be kept.
         items: Items of a study.
         flips: How much items change at random, in the same units; grows with the square root of the strength.
+        skill: How much better than the typical item's difficulty the model is.
+        together: Items of a group, which share half the variance of difficulty and of change.
+        held_out: Whether nobody looked at it while the search was made.
     """
 
     name: str
@@ -36,6 +39,8 @@ class World:
     retention: float = 0.99
     flips: float = 0.3
     skill: float = 0.8
+    together: int = 1
+    held_out: bool = False
 
     @property
     def threshold(self) -> Threshold:
@@ -74,13 +79,22 @@ class Sample:
 
     def __init__(self, world: World, rng: np.random.Generator) -> None:
         n = world.items
-        self.world = world
-        self.difficulty = rng.normal(size=n)
-        self.scale = np.exp(rng.normal(0, 0.6, n) - 0.18)
+        self.world, self._columns = world, dict[float, Column]()
+        self.group = None if world.together == 1 else rng.permutation(n) // world.together
+        self.difficulty = self._normal(rng, n)
+        self.scale = np.exp(0.6 * self._normal(rng, n) - 0.18)
         self.tokens = rng.integers(12, 80, n).astype(float)
-        self.sine, self.cosine = rng.normal(size=(2, _WAVES, n)) / math.sqrt(_WAVES)
+        waves = np.stack([self._normal(rng, n) for _ in range(2 * _WAVES)])
+        self.sine, self.cosine = waves.reshape(2, _WAVES, n) / math.sqrt(_WAVES)
         self.tilt = rng.normal(0, 0.02, n)
         self.level = rng.gamma(8.0, 2.5 / 8, n)
+
+    def _normal(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Return a normal number for each item; half its variance is the group's, where there are groups."""
+        own = rng.normal(size=n)
+        if self.group is None:
+            return own
+        return math.sqrt(0.5) * (own + rng.normal(size=n)[self.group])
 
     def column(self, strength: float, start: int, stop: int) -> Column:
         """Return what a block of items gives.
@@ -90,21 +104,25 @@ class Sample:
             start: First item.
             stop: One behind the last.
         """
-        own = slice(start, stop)
+        if strength not in self._columns:
+            self._columns[strength] = self._column(strength)
+        return self._columns[strength].between(start, stop)
+
+    def _column(self, strength: float) -> Column:
         angles = strength * np.array([3.0, 11.0, 29.0])[:, None]
-        noise = (self.sine[:, own] * np.sin(angles) + self.cosine[:, own] * np.cos(angles)).sum(0)
+        noise = (self.sine * np.sin(angles) + self.cosine * np.cos(angles)).sum(0)
         noise *= self.world.flips * math.sqrt(strength)
         loss = float(self.world.loss(np.array(strength)))
-        tokens = self.tokens[own]
+        tokens = self.tokens
         if self.world.kind == "nll":
-            height, weight = -tokens * (self.level[own] + self.scale[own] * loss + 0.05 * noise), tokens
+            height, weight = -tokens * (self.level + self.scale * loss + 0.05 * noise), tokens
         else:
-            height = (self.world.skill + self.difficulty[own] + noise > loss).astype(float)
+            height = (self.world.skill + self.difficulty + noise > loss).astype(float)
             weight = np.ones_like(height)
         share = float(sparsity_at(strength))
         total = tokens * 1000
-        kept = total * (1 - np.clip(share + self.tilt[own] * share * (1 - share), 0, 1))
-        return Column(height, weight, kept, total)
+        kept = total * (1 - np.clip(share + self.tilt * share * (1 - share), 0, 1))
+        return Column(height, weight, kept, total, self.group)
 
 
 def sparsity_at(strength: np.ndarray | float) -> np.ndarray:
@@ -144,6 +162,18 @@ def _times(shape: Callable[[np.ndarray], np.ndarray], scale: float, s: np.ndarra
     return scale * shape(s)
 
 
+def _stairs(s: np.ndarray) -> np.ndarray:
+    """Fall by two smooth steps."""
+    x = sparsity_at(s)
+    return 0.1 / (1 + np.exp(-(x - 0.35) / 0.05)) + 0.8 / (1 + np.exp(-(x - 0.7) / 0.04)) - 0.1 / (1 + math.exp(7))
+
+
+def _waves(s: np.ndarray) -> np.ndarray:
+    """Fall slowly, to and fro."""
+    x = sparsity_at(s)
+    return 0.02 * x + 0.01 * np.sin(12 * x) * np.minimum(x / 0.2, 1)
+
+
 WORLDS = (
     World("accuracy, monotone", "accuracy", _power(1.5, 5), 4000),
     World("accuracy, steep", "accuracy", _power(60.0, 8), 4000, flips=0.1),
@@ -159,4 +189,15 @@ WORLDS = (
     World("NLL, fails at once", "nll", _power(0.5, 1.0), 1000),
     World("NLL, never fails", "nll", _power(0.005, 2), 1000),
     World("NLL, fails at the end", "nll", _power(0.0125, 3), 1000),
+    World("accuracy, groups of 4", "accuracy", _power(1.5, 4), 4000, together=4),
+    World("accuracy, 95 % kept", "accuracy", _power(1.5, 4), 2000, retention=0.95, held_out=True),
+    World("accuracy, hard items, two steps", "accuracy", _stairs, 3000, skill=0.1, held_out=True),
+    World("accuracy, loosely paired", "accuracy", _power(2.0, 4), 6000, flips=0.6, held_out=True),
+    World(
+        "accuracy, easy items, 98 % kept", "accuracy", _power(2.0, 3), 1500, retention=0.98, skill=1.6, held_out=True
+    ),
+    World("accuracy, groups of 5, 95 % kept", "accuracy", _power(3.0, 4), 3000, 0.95, together=5, held_out=True),
+    World("NLL, 95 % kept", "nll", _power(1.0, 3), 600, retention=0.95, held_out=True),
+    World("NLL, to and fro", "nll", _waves, 1500, held_out=True),
+    World("NLL, groups of 5, two steps", "nll", _scaled(_stairs, 0.3), 2000, together=5, held_out=True),
 )

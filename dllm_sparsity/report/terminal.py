@@ -30,16 +30,19 @@ def render(summary: dict[str, Any]) -> Group:
         summary: What `analysis.summary` returned.
     """
     rows = headline(summary)
-    kept = f"{100 * summary['default_retention']:g} %"
+    asked = list(dict.fromkeys(row["retention"] for row in rows))
+    kept = " or ".join(f"{100 * own:g} %" for own in asked)
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", expand=False)
     table.add_column("task", max_width=22, overflow="fold")
     table.add_column("", max_width=9, overflow="fold")
-    for name, width in (("dense", 16), (f"sparsity at {kept}", 21), ("tok/fwd", 7)):
+    for name, width in (("dense", 16), (f"sparsity at {kept}" if len(asked) == 1 else "sparsity", 21), ("tok/fwd", 7)):
         table.add_column(name, justify="right", max_width=width, overflow="fold")
     several_rules = len({row["rule"] for row in rows}) > 1
-    task = previous = None
+    task = previous = model = None
     for row in rows:
         place = (row["task"], row["site"], row["rule"])
+        again, model = model == (*place, row["paradigm"], row["model"]), (*place, row["paradigm"], row["model"])
+        at = f"{100 * row['retention']:g} %: " if len(asked) > 1 else ""
         if row["task"] != task:
             table.add_row(_text(row["task"], style="bold"))
             task = row["task"]
@@ -47,10 +50,15 @@ def render(summary: dict[str, Any]) -> Group:
         dense = f"{words.quality(row['dense'], row['kind'])} {_UNITS.get(row['kind'], '')}".rstrip()
         table.add_row(
             _text("" if place == previous else shown),
-            _text(str(_SHORT.get(row["paradigm"], row["paradigm"])), style=_STYLES.get(row["paradigm"], "")),
-            _text(dense),
-            _text(words.critical(row | {"value": row["critical"]}).replace(" %", "").replace(words.NOTHING, "none")),
-            _text("" if row["tokens_per_forward"] is None else f"{row['tokens_per_forward']:.2f}"),
+            _text(
+                "" if again else str(_SHORT.get(row["paradigm"], row["paradigm"])),
+                style=_STYLES.get(row["paradigm"], ""),
+            ),
+            _text("" if again else dense),
+            _text(
+                at + words.critical(row | {"value": row["critical"]}).replace(" %", "").replace(words.NOTHING, "none")
+            ),
+            _text("" if again or row["tokens_per_forward"] is None else f"{row['tokens_per_forward']:.2f}"),
         )
         previous = place
     explained = (
@@ -66,7 +74,8 @@ def render(summary: dict[str, Any]) -> Group:
     notes = [_text(f"note: {note}") for note in [*reasons, *summary["notes"][:3]]]
     if not rows:
         return Group(_text("no curve yet: a dense cell and a cell with a rule must both be finished"), *notes)
-    against = _against_dense(summary, rows, several_rules)
+    once = [row for row in rows if row["retention"] == asked[0]]
+    against = _against_dense(summary, once, several_rules)
     layerwise = [Padding(_text(words), (0, 0, 1, 0)) for words in allocation_findings(summary.get("search"))]
     return Group(
         table,

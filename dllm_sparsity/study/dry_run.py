@@ -19,8 +19,6 @@ from dllm_sparsity.study.offline import missing_files
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
 from dllm_sparsity.study.workload import Workload, make_planner, workload
 
-_SEARCH_RUNS = 4
-"""A guess: a search goes through the items this often for each rule and site."""
 _Z = 1.959964 + 0.841621  # two-sided 5 %, power 80 %
 
 
@@ -33,7 +31,7 @@ class Part:
         paradigm: autoregressive or diffusion.
         task: lm-eval's name, or as given where it cannot be loaded.
         cells: Cells that are planned, the dense one among them.
-        runs: How often the items are gone through: once for each cell, and a guess for a search.
+        runs: How often the items are gone through: once for each cell, and what a search takes on average.
         work: Forward passes of one cell; None where they cannot be known.
         why: Why something is not known; empty where all is.
         ffn_flops: FLOPs of the FFNs, dense, of all runs.
@@ -116,7 +114,8 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
     found.cells = sum(part.cells for part in found.parts)
     if config.search is not None:
         notes.append(
-            f"the search is taken to go through the items {_SEARCH_RUNS} times for each rule and site: a guess"
+            f"the search is taken to go through the items {plan.SEARCH_PASSES:g} times for each rule and site,"
+            " as simulated searches do on average"
             + (", twice with its allocation by layer" if config.search.layerwise else "")
         )
     return found
@@ -127,7 +126,7 @@ def _model(
 ) -> None:
     planner, price, why = None, None, ""
     curves = sum(len(rule.sites) for rule in config.rules)
-    searched = _SEARCH_RUNS * curves if config.search is not None else 0
+    searched = round(plan.SEARCH_PASSES * curves) if config.search is not None else 0
     searched *= 2 if config.search is not None and config.search.layerwise else 1
     try:
         architecture = find_architecture(resolve(model.model), model.revision)

@@ -1,12 +1,15 @@
 """A search on the embedded pair: cells by blocks, sealed and resumed, and its answer in the summary, the table and the report."""
 
+import io
 import json
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import load
+from dllm_sparsity.report.terminal import render
 from dllm_sparsity.study.engines import runner
 
 STUDY = {
@@ -16,7 +19,7 @@ STUDY = {
     ],
     "tasks": [{"name": "heldout_text", "limit": 70}],
     "rules": [{"name": "top_p", "sites": ["intermediate"]}],
-    "search": {"retentions": [0.99], "quality": "nll", "width": 0.05, "budget": 700},
+    "search": {"retentions": [0.9, 0.99], "quality": "nll", "width": 0.05, "budget": 700},
 }
 
 
@@ -26,14 +29,23 @@ def finished(tmp_path_factory):
 
 
 def test_the_answer_is_told_everywhere(finished):
-    (answer,) = json.loads((finished.path / "search.json").read_text())["curves"]
-    assert answer["interval"][0] <= answer["value"] <= answer["interval"][1]
-    assert answer["evaluations"] <= 700
-    assert answer["stopped"] in ("width", "items", "budget")
-    assert finished.summary["search"]["curves"] == [answer]
-    (row,) = finished.table()
-    assert (row["critical"], row["interval"]) == (answer["value"], answer["interval"])
-    assert row["quality"] == "nll"
+    answers = json.loads((finished.path / "search.json").read_text())["curves"]
+    assert [answer["retention"] for answer in answers] == [0.9, 0.99]
+    for answer in answers:
+        assert answer["interval"][0] <= answer["value"] <= answer["interval"][1]
+        assert answer["evaluations"] <= 700
+        assert answer["stopped"] in ("width", "items", "budget")
+    assert finished.summary["search"]["curves"] == answers
+    rows = finished.table()
+    assert [row["retention"] for row in rows] == finished.summary["retentions_asked"] == [0.99, 0.9]
+    for row, answer in zip(rows, reversed(answers), strict=True):
+        assert (row["critical"], row["interval"]) == (answer["value"], answer["interval"])
+        assert row["quality"] == "nll"
+    text = io.StringIO()
+    Console(file=text, width=80).print(render(finished.summary))
+    assert "99 %: " in text.getvalue()
+    assert "90 %: " in text.getvalue()
+    assert "keeping 90 % of the dense" in " ".join(finished.summary["findings"])
     assert "AR twin" in finished.report.read_text()
 
 

@@ -42,9 +42,9 @@ class Findings(Section):
             "findings.html",
             found=found,
             panel=panel.html() if panel else "",
-            table=_table(curves, found["default_retention"]),
+            table=_table(curves, found["retentions_asked"]),
             against=_against_dense(curves),
-            share=f"{100 * found['default_retention']:g} %",
+            share=" or ".join(f"{100 * own:g} %" for own in found["retentions_asked"]),
             reasons=sorted(
                 {f"{curve['task']}, {curve['model']}: {reason}" for curve in curves if (reason := _why(curve))}
             ),
@@ -96,27 +96,31 @@ def _between(counts: list[int]) -> str:
     return f"{counts[0]} to {counts[-1]}" if counts[0] != counts[-1] else str(counts[0])
 
 
-def _table(curves: list[dict[str, Any]], retention: float) -> Table:
+def _table(curves: list[dict[str, Any]], retentions: list[float]) -> Table:
     order = [DEFAULT_READING, *(name for name in READINGS if name != DEFAULT_READING)]
     rows = []
     for curve in curves:
         dense = curve["dense"]
         value = words.quality(dense["value"], curve["kind"])
         unit = "" if curve["kind"] == "accuracy" else f" {curve['quality']}"
-        rows.append(
-            [
-                curve["task"],
-                curve["site"],
-                f"{curve['paradigm']} ({curve['model']})",
-                curve["rule"],
-                f"{value}{unit} {words.interval(dense['interval'], curve['kind'])}",
-                str(curve["items"]),
-                words.number(curve["tokens_per_forward"], 2),
-                *(words.critical(reading_of(curve, name, retention)) for name in order),
-            ]
-        )
-    columns = ["task", "site", "paradigm", "rule", "dense quality", "n", "tokens per forward"]
-    return Table([*columns, *(name.replace("_", " ") for name in order)], rows, 4)
+        for retention in retentions:
+            kept = [f"{100 * retention:g} %"] if len(retentions) > 1 else []
+            rows.append(
+                [
+                    curve["task"],
+                    curve["site"],
+                    f"{curve['paradigm']} ({curve['model']})",
+                    curve["rule"],
+                    *kept,
+                    f"{value}{unit} {words.interval(dense['interval'], curve['kind'])}",
+                    str(curve["items"]),
+                    words.number(curve["tokens_per_forward"], 2),
+                    *(words.critical(reading_of(curve, name, retention)) for name in order),
+                ]
+            )
+    told = ["kept"] if len(retentions) > 1 else []
+    columns = ["task", "site", "paradigm", "rule", *told, "dense quality", "n", "tokens per forward"]
+    return Table([*columns, *(name.replace("_", " ") for name in order)], rows, 4 + len(told))
 
 
 def _against_dense(curves: list[dict[str, Any]]) -> Table:

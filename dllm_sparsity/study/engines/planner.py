@@ -9,7 +9,7 @@ from dllm_sparsity import registry
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
-from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint
+from dllm_sparsity.study.plan import SEARCH_PASSES, Cell, cell_parts, expand, fingerprint
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
 
 
@@ -85,7 +85,9 @@ class Planner:
         ]
 
     def search_cost(self) -> float:
-        """Guess what all searches cost: about four times the items of each curve."""
+        """Guess what all searches cost: so many times the items of each curve."""
+        twice = self.config.search is not None and self.config.search.layerwise  # once more along the allocation
+        passes = SEARCH_PASSES * (2 if twice else 1)
         curves = [(rule, site) for rule in self.config.rules for site in rule.sites]
         dense = [self.job(Cell(model, spec, None, None, None, ()), task).cost for model, spec, task in self.pairs()]
-        return 4 * len(curves) * sum(dense)
+        return passes * len(curves) * sum(dense)
