@@ -17,6 +17,7 @@ from dllm_sparsity.analysis.qualities import SCALES
 from dllm_sparsity.analysis.search import Goal, Search
 from dllm_sparsity.analysis.searched import SearchedCurve
 from dllm_sparsity.analysis.slopes import Sensitivity
+from dllm_sparsity.analysis.statistics import group_sums
 from dllm_sparsity.analysis.steps import counted, sparsity_by
 
 Answer = dict[str, Any]
@@ -118,6 +119,8 @@ def _lost(dense: Column, sparse: Column) -> tuple[float, float]:
     value = sparse.height.sum() / sparse.weight.sum()
     pull = (sparse.height - value * sparse.weight) / sparse.weight.sum()
     pull -= (dense.height - top * dense.weight) / dense.weight.sum()
+    if dense.group is not None:
+        pull = group_sums(pull[:, None], dense.group)[:, 0]
     return float(top - value), math.sqrt(float(pull @ pull))
 
 
@@ -162,12 +165,21 @@ def _drawn(searches: tuple[Search, Search], threshold: Threshold, items: int) ->
     """Return the difference of both crossings on shared items, then on bootstrap samples of them."""
     curves = [_Shared.of(search, items) for search in searches]
     rng, missed, found = np.random.default_rng(SEED), np.zeros(2), []
+    members = _members(curves[0].dense)
     for draw in range(DRAWS + 1):
-        chosen = np.sort(rng.integers(0, items, items)) if draw else np.arange(items)
+        picked = rng.integers(0, len(members), len(members)) if draw else range(len(members))
+        chosen = np.sort(np.concatenate([members[number] for number in picked]))
         profiles = [curve.profile(threshold, chosen) for curve in curves]
         missed += [not own.crosses for own in profiles]
         found.append(profiles[1].estimate - profiles[0].estimate)
     return np.array(found) if (missed <= _MAY_NOT_CROSS * DRAWS).all() else None
+
+
+def _members(dense: Column) -> list[np.ndarray]:
+    """Return the items that are drawn together: each alone, or those of a group."""
+    groups = np.arange(len(dense)) if dense.group is None else dense.group
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 
 
 @dataclass(frozen=True)
@@ -192,10 +204,7 @@ class _Shared:
 
     def profile(self, threshold: Threshold, chosen: np.ndarray) -> Any:
         """Return the profile of drawn items; in ascending order, so that those of a shorter column come first."""
-        dense, *sparse = (
-            Column(*(getattr(own, name)[chosen[chosen < len(own)]] for name in Column.__dataclass_fields__))
-            for own in (self.dense, *self.sparse)
-        )
+        dense, *sparse = (own.at(chosen[chosen < len(own)]) for own in (self.dense, *self.sparse))
         return profile(dense, sparse, threshold, self.ended)
 
 

@@ -63,7 +63,15 @@ class Column:
             start: The first.
             stop: One behind the last.
         """
-        parts: dict[str, Any] = {name: None if own is None else own[start:stop] for name, own in vars(self).items()}
+        return self.at(slice(start, stop))
+
+    def at(self, places: Any) -> Column:
+        """Return the items at some places.
+
+        Args:
+            places: A slice, or an array of numbers.
+        """
+        parts: dict[str, Any] = {name: None if own is None else own[places] for name, own in vars(self).items()}
         return Column(**parts)
 
     def joined(self, more: Column) -> Column:

@@ -123,8 +123,6 @@ def _tests(curves: Sequence[Curve], draws: int, seed: int) -> tuple[list[list[Pa
 def _group_notes(dense: Cell, count: int) -> list[str]:
     task = dense.record["task"]
     notes = [f"the items of {task} fall into {count} groups: intervals draw whole groups, and tests are clustered"]
-    if dense.searches:
-        notes.append(f"a search on {task} takes its items as independent: its intervals are too narrow for groups")
     if count < FEW_GROUPS:
         notes.append(f"{count} groups in {task} are few: clustered intervals tend to be too narrow")
     return notes

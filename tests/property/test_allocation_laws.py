@@ -94,7 +94,7 @@ def measured(scales, error, rng=None):
 def test_what_is_measured_without_error_is_believed(scales: list[float]) -> None:
     for own, slope in zip(measured(scales, 0.0), slopes_of(measured(scales, 0.0), 1.0), strict=True):
         found = np.interp(PLACES * 100, slope.dropped, slope.losses)
-        np.testing.assert_allclose(found, own.losses, rtol=0.02, atol=0.003 * max(scales))
+        np.testing.assert_allclose(found, own.losses, rtol=0.02, atol=0.01 * max(scales))  # no layer is free
 
 
 @settings(max_examples=20, deadline=None)
