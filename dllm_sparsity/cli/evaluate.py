@@ -30,6 +30,7 @@ Run lm-eval's command line on a model with a sparsification rule, and count what
   layers=0+3              all when not given
   revision= trust_remote_code= dtype= max_length= seed= metrics= check_greedy=
   and the rule's own parameters
+  for sparse-ar: share_context=
   for sparse-diffusion: mask_token= logits_shift= mc= steps= block_length=
                         temperature= cfg_scale= sampler= confidence_threshold=
 

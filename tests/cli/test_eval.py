@@ -95,8 +95,9 @@ def test_without_a_rule_the_model_is_dense_and_counted(run, material):
     lm = AutoregressiveBackend.from_source(ModelSource(str(material / "ar")), batch_size=4)
     given = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager(), bootstrap_iters=0)
     expected = [[answer[0][0] for answer in sample["resps"]] for sample in given["samples"]["tiny_choice"]]
-    assert scores[0] == expected
-    assert scores[1] != expected
+    close = [pytest.approx(row, rel=1e-5) for row in expected]  # without a tracker no context is shared
+    assert scores[0] == close
+    assert scores[1] != close
     assert "Sparsity, top_p 0.3" in out
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Mix
 from autoregressive.backend import AutoregressiveBackend
 from autoregressive.shared import Read, alike, continues, cost
 from dllm_sparsity.lm.items import Target
+from dllm_sparsity.sparsity.rules.layerwise import Layerwise
 from dllm_sparsity.sparsity.rules.max_p import MaxP
 from dllm_sparsity.sparsity.rules.random import Random
 from dllm_sparsity.sparsity.rules.threshold import Threshold
@@ -94,7 +95,9 @@ def test_likelihoods_and_counts_are_those_of_each_option_alone(name, options):
         assert not continues(model)  # layers with a sliding window
 
 
-@pytest.mark.parametrize("rule", [None, TopK(0.4), TopP(0.9, ties="minimal"), MaxP(0.1), Threshold(0.2)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [None, TopK(0.4), TopP(0.9, ties="minimal"), MaxP(0.1), Threshold(0.2), Layerwise(0.2)], ids=str
+)
 def test_every_rule_that_takes_rows_for_themselves(rule):
     shared, alone = (scored(tiny.llama(), OPTIONS, share, rule) for share in (True, False))
     assert_the_same(shared, alone)
