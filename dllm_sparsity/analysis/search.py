@@ -26,7 +26,10 @@ _NEAR, _SAME, _CLOSE = 0.3, 0.2, 0.1
 """In widths: how near a strength serves a place, may be taken in its stead, and serves an end where a gap costs."""
 _LOSS = 0.15
 """What a gap between strengths may cost, in widths."""
-_STEEP, _DOUBT = 1.6, 1.0
+_STEEP = 1.6
+"""How much wider the interval may be, were its upper end as sure as three standard errors."""
+_DOUBT = 1.0
+"""A place may be a miss when its margin is so few standard errors above zero."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class Search:
     items: two or three strengths near the ends of the interval are measured on all items of the round, placed by what
     the round before told, and the crossing is read from a smooth curve through all strengths measured so far. A round
     is followed by another while the interval is wider than asked. All comparisons are paired by item; a strength left
-    behind keeps its say by the items it has, and is measured again where it may be a miss below the crossing. The stop looks at the width alone, never at the place, which leaves the
-    interval its coverage.
+    behind keeps its say by the items it has, and is measured again where it may be a miss below the crossing. The stop
+    looks at the width alone, never at the place, which leaves the interval its coverage.
 
     Args:
         ladder: Strengths from dense on, each sparser than the one before; the first is dense.
