@@ -203,8 +203,8 @@ def table(tallies: Sequence[Tally]) -> str:
 _TEXT = """# Does the search's interval hold the truth, and what does the search cost?
 
 Made by `python -m dllm_sparsity.analysis.simulate --studies {studies} --grids {grids}`.
-Every line is so many simulated studies of items whose critical sparsity is known, at 99 % of dense where nothing else
-is said, and so many simulated grids of the paper's 26 values on as many items.
+A line stands on so many simulated studies of items whose critical sparsity is known, at 99 % of dense unless said
+otherwise, and on so many simulated grids of the paper's 26 values on as many items. Seeds are fixed.
 
 {table}
 
