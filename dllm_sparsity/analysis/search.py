@@ -27,6 +27,9 @@ _NEAR, _SAME, _CLOSE = 0.3, 0.2, 0.1
 _LOSS = 0.15
 """What a gap between strengths may cost, in widths."""
 _STEEP = 1.6
+"""How much wider the interval may be, were its upper end as sure as three standard errors."""
+_DOUBT = 1.0
+"""A place may be a miss when its margin is so few standard errors above zero."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class Search:
     items: two or three strengths near the ends of the interval are measured on all items of the round, placed by what
     the round before told, and the crossing is read from a smooth curve through all strengths measured so far. A round
     is followed by another while the interval is wider than asked. All comparisons are paired by item; a strength left
-    behind keeps its say by the items it has. The stop looks at the width alone, never at the place, which leaves the
-    interval its coverage.
+    behind keeps its say by the items it has, and is measured again where it may be a miss below the crossing. The stop
+    looks at the width alone, never at the place, which leaves the interval its coverage.
 
     Args:
         ladder: Strengths from dense on, each sparser than the one before; the first is dense.
@@ -241,6 +244,8 @@ class Search:
         last, width = float(curve.points[-1]), max(high - low, self.limits.width / 2)
         if not curve.fails and not self._ended() and high >= last:
             return _above(curve)
+        if items < self.limits.items and (doubtful := self._doubtful(curve, items)):
+            return doubtful[0]
         whole = [column.sparsity for column in self.columns.values() if len(column) >= items]
         lost = sorted([(low - curve.low, low), (curve.high - high, high)], reverse=True)
         places = [(curve.estimate + _OUT * (end - curve.estimate), _NEAR) for _, end in lost]
@@ -251,6 +256,12 @@ class Search:
             if min((abs(own - place) for own in whole), default=math.inf) > reach * width:
                 return place
         return None
+
+    def _doubtful(self, curve: Profile, items: int) -> list[float]:
+        """Return measured places below the estimate that may be a miss, and with it the first one."""
+        near = curve.points[(curve.margins < _DOUBT * curve.errors) & (curve.points < curve.estimate)]
+        few = [column.sparsity for column in self.columns.values() if len(column) < items]
+        return sorted(own for own in few if np.isclose(own, near).any())
 
     def _strength(self, target: float, near: Profile | None, items: int) -> float | None:
         """Return the strength that gives a sparsity, a measured one where it is close; None where there is no other."""

@@ -86,6 +86,16 @@ def test_groups_are_counted_together():
     assert alone.errors[1] == pytest.approx(loss.std() / 20)
 
 
+def test_a_place_that_may_be_a_miss_is_measured_again():
+    world = BY_NAME["NLL, to and fro"]
+    found = 0
+    for seed in range(12, 28):
+        search = Search(LADDER, [world.threshold], Limits(0.018, world.items))
+        goals, _ = drive(search, world.draw(seed))
+        found += goals[0].profile.interval[0] < world.truth()[0]
+    assert found >= 13  # 9 without
+
+
 def test_blocks_are_contiguous_and_dense_comes_first():
     search = Search(LADDER, [BY_NAME["NLL, monotone"].threshold], Limits(0.02, 1000))
     goals, told = drive(search, BY_NAME["NLL, monotone"].draw(1))
