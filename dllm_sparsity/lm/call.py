@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,11 @@ class ModelCall:
         embedding = self.model.get_input_embeddings()
         return runs_on(embedding) or embedding.weight.device
 
+    @property
+    def _is_spread(self) -> bool:
+        """Whether layers are on several devices: accelerate brings arguments to the first, the head is on the last."""
+        return len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
+
     def __call__(
         self,
         rows: Rows,
@@ -97,6 +102,8 @@ class ModelCall:
             past: Which cached columns are real tokens.
         """
         extra = self._arguments(rows, cache, past)
+        if positions is not None and self._keeps and self._is_spread:
+            return self._behind(lambda hidden: hidden[:, positions.to(hidden.device)], rows, extra)
         if positions is not None and self._keeps:
             extra["logits_to_keep"] = positions
         logits = self.model(input_ids=rows.ids, **extra).logits
@@ -119,21 +126,25 @@ class ModelCall:
             cache: As in the call.
             past: As in the call.
         """
+        def pick(hidden: Tensor) -> Tensor:
+            return hidden.flatten(0, 1)[places.to(hidden.device)].unsqueeze(0)
+
+        flat = self._behind(pick, rows, self._arguments(rows, cache, past)).flatten(0, 1)
+        return flat if len(flat) == len(places) else flat[places]  # some models do not call their head as a module
+
+    def _behind(self, pick: Callable[[Tensor], Tensor], rows: Rows, extra: dict[str, Any]) -> Tensor:
+        """Return the logits of what is picked of the last hidden states; of all where the head is no module."""
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
 
-        def pick(module: nn.Module, args: tuple) -> tuple:
-            if args[0].shape[:2] != rows.ids.shape:
-                return args
-            return (args[0].flatten(0, 1)[places.to(args[0].device)].unsqueeze(0), *args[1:])
+        def picked(module: nn.Module, args: tuple) -> tuple:
+            return (pick(args[0]), *args[1:]) if args[0].shape[:2] == rows.ids.shape else args
 
-        handle = head.register_forward_pre_hook(pick) if isinstance(head, nn.Module) else None
+        handle = head.register_forward_pre_hook(picked) if isinstance(head, nn.Module) else None
         try:
-            logits = self.model(input_ids=rows.ids, **self._arguments(rows, cache, past)).logits
+            return self.model(input_ids=rows.ids, **extra).logits
         finally:
             if handle is not None:
                 handle.remove()
-        flat = logits.flatten(0, 1)
-        return flat if len(flat) == len(places) else flat[places]  # some models do not call their head as a module
 
     def _arguments(
         self, rows: Rows, cache: Any = None, past: Bool[Tensor, "batch past"] | None = None
