@@ -212,9 +212,10 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   are paired and neighbouring strengths agree. `accuracy` items flip in both directions; `NLL` items have 12 to 79
   tokens and lognormal damage. A `dip` falls below the threshold, comes back and falls again; its truth is the first
   crossing. Items of a group share half the variance of difficulty and change, and are counted together.
-- Nothing was tuned on the lines marked as held out; they were added when the search was done. `NLL, to and fro` was one
-  of them, was held in 63 % of 200 studies, and is why measured places that may be a miss are measured again. It falls
-  short of the threshold by little and comes back, and the coarse ladder can still step over that.
+- Nothing was tuned on the lines marked as held out; they were seen once before, when the last change was made.
+  `NLL, to and fro` was one of them, was held in 63 % of 200 studies, and is why measured places that may be a miss are
+  measured again. It falls short of the threshold by little and comes back, and the coarse ladder can still step over
+  that.
 - The grid's interval is that of the interpolated crossing with a paired bootstrap of {draws} draws. Where it holds the
   truth less often than 95 %, it is too narrow: `width at 95 %` is its mean width, drawn out about the reading until
   95 % of the grids hold the truth. This is asked of the search, at least {narrowest} points.

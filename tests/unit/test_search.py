@@ -93,7 +93,7 @@ def test_a_place_that_may_be_a_miss_is_measured_again():
         search = Search(LADDER, [world.threshold], Limits(0.018, world.items))
         goals, _ = drive(search, world.draw(seed))
         found += goals[0].profile.interval[0] < world.truth()[0]
-    assert found >= 13  # 9 without
+    assert found >= 13  # 8 without
 
 
 def test_blocks_are_contiguous_and_dense_comes_first():
