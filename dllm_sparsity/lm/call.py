@@ -126,6 +126,7 @@ class ModelCall:
             cache: As in the call.
             past: As in the call.
         """
+
         def pick(hidden: Tensor) -> Tensor:
             return hidden.flatten(0, 1)[places.to(hidden.device)].unsqueeze(0)
 

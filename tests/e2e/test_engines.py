@@ -113,6 +113,19 @@ def test_jobs_of_an_array(study, expected, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run" / "parts").iterdir()) == ["1-of-2", "2-of-2"]
 
 
+def test_searches_in_jobs(study, tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    study = {**study, "tasks": study["tasks"][:1], "search": {"width": 0.5, "quality": "acc"}}
+    study["rules"] = [{"name": "top_p", "sites": ["all"]}]
+    compare(study, tmp_path / "one")
+    engine = Engine("slurm", workers=2, options={"cluster": "local", "timeout_min": 10})
+    compare(study, tmp_path / "run", engine=engine)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "one")
+    monkeypatch.setattr("dllm_sparsity.study.engines.slurm.run", lambda *_: pytest.fail("a job was submitted"))
+    compare(study, tmp_path / "run", engine=engine)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "one")
+
+
 def test_a_job_that_fails_is_named_and_done_again(study, expected, tmp_path):
     pytest.importorskip("submitit", reason="submitit is not installed")
     engine = Engine("slurm", workers=2, options={"cluster": "local", "timeout_min": 10})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def run_study(
         total = sum(job.cost for job in jobs)
         expected = planner.search_cost() if pairs else 0.0
         progress.start(total + expected, total - sum(job.cost for job in open_jobs))
-        if engine.kind == "slurm" and (open_jobs or pairs):
+        if engine.kind == "slurm" and (open_jobs or not runner.are_done(searches, pairs)):
             progress.cell("SLURM", total + expected)
             asked = config.model_copy(update={"device": described["device"]})
             with quiet(rundir.log):
@@ -182,6 +183,24 @@ class _Runner:
         if self.pool is None:
             return LocalHost(open_backend(model, self.config.device, self.config.seed))
         return PoolHost(self.pool, open_backend(model, "meta", self.config.seed))
+
+    def are_done(self, searches: Searches | None, pairs: list[tuple[ModelConfig, TaskSpec, LoadedTask]]) -> bool:
+        """Tell whether all searches come to their end on sealed cells alone."""
+        trial = copy.deepcopy(searches)  # they keep what they find
+        return trial is None or all(
+            self._is_done(search, task) for model, spec, task in pairs for search in trial(model, spec, task)
+        )
+
+    def _is_done(self, search: Generator[Cell, Path, None], task: LoadedTask) -> bool:
+        try:
+            cell = next(search)
+            while True:
+                mark = self.planner.job(cell, task).fingerprint
+                if not self.rundir.is_sealed(mark):
+                    return False
+                cell = search.send(self.rundir.path / "cells" / mark)
+        except StopIteration:
+            return True
 
     def drive(self, search: Generator[Cell, Path, None], task: LoadedTask) -> None:
         """Give a search the cells it asks for: sealed ones from disk."""

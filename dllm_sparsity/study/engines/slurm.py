@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def run(
 
 
 def take_over(rundir: RunDir) -> None:
-    """Move the cells that parts have sealed to where the study has them.
+    """Link the cells that parts have sealed to where the study has them; a part that runs again finds its own.
 
     Args:
         rundir: Of the study.
@@ -137,7 +138,17 @@ def take_over(rundir: RunDir) -> None:
         for folder in sorted((rundir.path / "parts").glob("*/cells/*")):
             place = rundir.path / "cells" / folder.name
             if (folder / "DONE").is_file() and find_damage(folder) is None and not place.exists():
-                os.replace(folder, place)
+                draft = place.with_name(f".{place.name}.{os.getpid()}")
+                shutil.copytree(folder, draft, copy_function=_link)
+                os.replace(draft, place)
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _failure(job: Any) -> str | None:
