@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import load
-from dllm_sparsity.study.engines import local
+from dllm_sparsity.study.engines import runner
 from dllm_sparsity.study.models import make_rule, resolve
 
 IDLE = (1, 3)
@@ -109,7 +109,7 @@ def test_a_resumed_run_gives_the_same(study, finished, monkeypatch, tmp_path):
         shutil.rmtree(tmp_path / "run" / "cells" / record["fingerprint"])
     compare(study, tmp_path / "run")
     assert (tmp_path / "run" / "search.json").read_text() == before
-    monkeypatch.setattr(local, "open_backend", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(runner, "open_backend", lambda *_: pytest.fail("a model was loaded"))
     compare(study, finished.path)
     assert (finished.path / "search.json").read_text() == before
 
