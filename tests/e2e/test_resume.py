@@ -109,7 +109,7 @@ class Stop(BaseException):
 
 
 def stop_at(monkeypatch, number):
-    """Crash in the batch of this number, counted over the run."""
+    """Crash in the batch of this number, counted over the run; 0 counts alone."""
     real, begun = base.SparsityLM.compute, []
 
     def counted(self, work):

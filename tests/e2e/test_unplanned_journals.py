@@ -2,13 +2,9 @@
 
 import pytest
 from material import make_study
+from test_resume import Stop, stop_at
 
-import dllm_sparsity.lm.base as base
 from dllm_sparsity import compare
-
-
-class Stop(BaseException):
-    """Stands for a crash."""
 
 
 @pytest.fixture
@@ -20,26 +16,12 @@ def small(material):
     return study
 
 
-def count(monkeypatch, stop_at=None):
-    """Count the batches that are computed, and crash in one of them."""
-    real, begun = base.SparsityLM.compute, []
-
-    def counted(self, work):
-        begun.append(1)
-        if len(begun) == stop_at:
-            raise Stop
-        return real(self, work)
-
-    monkeypatch.setattr(base.SparsityLM, "compute", counted)
-    return begun
-
-
 @pytest.fixture
 def broken(small, tmp_path, monkeypatch):
     """A run that stopped in the third of four batches of its second cell; returns its folder and the journal."""
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
-        count(patch, stop_at=7)
+        stop_at(patch, 7)
         with pytest.raises(Stop):
             compare(small, path)
     (journal,) = path.glob("journals/*.journal")
@@ -59,7 +41,7 @@ def test_another_study_removes_them_and_says_so(small, broken, caplog):
 
 def test_the_same_study_goes_on_from_them(small, broken, monkeypatch):
     path, _ = broken
-    begun = count(monkeypatch)
+    begun = stop_at(monkeypatch, 0)
     compare(small, path)
     assert len(begun) == 2  # of four batches
     assert "are not in this study" not in (path / "log.txt").read_text()
