@@ -58,14 +58,19 @@ def comparisons(curves: Sequence[Curve], retentions: Sequence[float] = RETENTION
                     first,
                     second,
                     retention,
-                    two.value - one.value,
-                    percentile_interval(draws),
+                    difference := two.value - one.value,
+                    _holding(percentile_interval(draws), difference),
                     paired,
                     bounded,
                     None if bounded else smallest_detectable(float(np.nanstd(draws))),
                 )
             )
     return found
+
+
+def _holding(interval: Interval, value: float) -> Interval:
+    """Return an interval that holds the estimate: draws that miss a crossing may all lie on one side of it."""
+    return min(interval[0], value), max(interval[1], value)
 
 
 def _same(one: np.ndarray | None, two: np.ndarray | None) -> bool:

@@ -47,7 +47,7 @@ def load(source: ModelSource) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     check_exists(source.model, source.revision)
-    device = _device(source.device)
+    device = find_device(source.device)
     keys: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source.model, **keys)
@@ -78,7 +78,10 @@ def _empty(auto: Any, config: Any, source: ModelSource) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        return auto.from_config(config, dtype=getattr(torch, source.dtype), trust_remote_code=source.trust_remote_code)
+        keys: dict[str, Any] = {"dtype": getattr(torch, source.dtype), "trust_remote_code": source.trust_remote_code}
+        if source.trust_remote_code and getattr(config, "auto_map", None):
+            keys["code_revision"] = source.revision  # only code that comes with a model has one
+        return auto.from_config(config, **keys)
 
 
 def check_exists(model: str, revision: str | None = None) -> None:
@@ -170,7 +173,15 @@ def _auto_class(config: Any) -> Any:
     return auto
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return a device that this machine has.
+
+    Args:
+        name: cpu, cuda or cuda:0; meta.
+
+    Raises:
+        UserError: It has none of that name.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

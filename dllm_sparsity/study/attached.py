@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from dllm_sparsity.sparsity.sparsifier import sparsify
@@ -43,7 +44,9 @@ class Setting:
             cell: The cell.
             seed: The study's seed.
         """
-        return cls(cell.model, seed, cell.rule, cell.strength, cell.sites, cell.task.mc)
+        folder = Path(cell.model.model).expanduser()
+        placed = {"model": str(folder.resolve())} if folder.is_dir() else {}  # workers may stand elsewhere
+        return cls(cell.model.model_copy(update=placed), seed, cell.rule, cell.strength, cell.sites, cell.task.mc)
 
 
 class Host(Protocol):

@@ -9,14 +9,14 @@ from pathlib import Path
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.config import ModelConfig, StudyConfig
 
-_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
+SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 INDEX = "model.safetensors.index.json"
 
 
 def go_offline() -> None:
     """Turn the network off for the libraries of the hub, those that are imported already included."""
-    for name in _SWITCHES:
+    for name in SWITCHES:
         os.environ[name] = "1"
     for module, name in (
         ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
@@ -30,7 +30,7 @@ def go_offline() -> None:
 
 def is_offline() -> bool:
     """Tell whether the network was turned off for all of the libraries, by `go_offline` or by hand."""
-    return all(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _SWITCHES)
+    return all(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in SWITCHES)
 
 
 def check_offline(config: StudyConfig) -> None:

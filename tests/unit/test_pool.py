@@ -1,8 +1,10 @@
 """The pool: every batch is answered once, whichever workers die; what cannot go on says so; and how engines are named."""
 
+import json
 import pickle
 import random
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,9 +14,10 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.items import Target
 from dllm_sparsity.lm.journal import Work
 from dllm_sparsity.sparsity.reading import NonFiniteError
-from dllm_sparsity.study.engines import Engine
+from dllm_sparsity.study.engines import Engine, slurm
 from dllm_sparsity.study.engines.pool import Pool
-from dllm_sparsity.study.engines.runner import Share
+from dllm_sparsity.study.engines.runner import Share, open_pool
+from dllm_sparsity.study.records import checksums, find_damage
 
 
 class DiedError(Exception):
@@ -145,3 +148,37 @@ def test_how_engines_are_named():
     found = Engine.parse("slurm", 4, options=("slurm_partition=a100", "timeout_min=90"))
     assert found.options == {"slurm_partition": "a100", "timeout_min": 90}
     assert found.workers == 4
+
+
+def test_jobs_of_slurm_are_not_done_here(tmp_path):
+    config = SimpleNamespace(device="auto", seed=0)
+    assert open_pool(Engine("slurm", workers=3), config, tmp_path / "log.txt") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "device"),
+    [
+        ({}, "cpu"),
+        ({"gpus_per_node": 1}, "cuda"),
+        ({"gpus_per_node": 0}, "cpu"),
+        ({"slurm_gres": "gpu:1"}, "cuda"),
+        ({"slurm_partition": "nongpu"}, "cpu"),
+    ],
+)
+def test_the_device_of_jobs(options, device):
+    assert slurm.device_of(Engine("slurm", options=options), "auto") == device
+    assert slurm.device_of(Engine("slurm", options=options), "cpu") == "cpu"
+
+
+def test_a_sealed_cell_takes_the_place_of_a_damaged_one(tmp_path):
+    study = SimpleNamespace(path=tmp_path / "study")
+    (study.path / "cells" / "abc").mkdir(parents=True)
+    sealed = tmp_path / "parts" / "cells" / "abc"
+    sealed.mkdir(parents=True)
+    for name in ("samples.parquet", "steps.parquet"):
+        (sealed / name).write_text(name)
+    (sealed / "cell.json").write_text('{"fingerprint": "abc"}')
+    (sealed / "DONE").write_text(json.dumps(checksums(sealed)))
+    slurm.take_over([sealed], study)
+    assert find_damage(study.path / "cells" / "abc") is None
+    assert find_damage(sealed) is None  # a part that runs again has its own

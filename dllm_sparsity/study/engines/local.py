@@ -39,7 +39,8 @@ def local_pool(engine: Engine, device: str, seed: int, log: Path) -> Pool | None
         )
     if workers == 1:
         return None
-    threads = None if gpus else max(1, (os.cpu_count() or 1) // workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = None if gpus else max(1, cores // workers)
 
     def start(number: int) -> _Process:
         own = gpus[number * engine.gpus_per_worker :][: engine.gpus_per_worker]

@@ -16,6 +16,7 @@ from dllm_sparsity.study.attached import Setting
 from dllm_sparsity.study.counted import Counted, Facts
 
 _AHEAD = 2  # batches that a worker has: the one it is at and the next, so that it never waits for this process
+_PATIENCE_SECONDS = 60.0
 _DEATHS = 3  # workers that one batch may take with it
 _SEE_LOG = "log.txt in the run directory says how; a script that calls compare() needs if __name__ == '__main__':"
 _log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class _Member:
     def __init__(self, handle: Handle, seed: int) -> None:
         self.handle = handle
         self.ready: Future[Any] = handle.ask("describe", seed)
-        self.load = 0
+        self.load, self.accepted = 0, False
 
 
 class Pool:
@@ -63,6 +64,8 @@ class Pool:
         self._start, self._died, self._seed = start, died, seed
         self._members: list[_Member] = []
         self.deaths = 0
+        self.accept: Callable[[dict[str, Any]], None] = lambda described: None
+        """Raises where a worker, which describes itself, may not answer."""
         try:
             for number in range(size):
                 self._members.append(self._new(number))
@@ -82,7 +85,7 @@ class Pool:
         Raises:
             UserError: No worker could be started.
         """
-        return self._sure("describe", self._seed)
+        return {name: value for name, value in self._sure("describe", self._seed).items() if name != "code"}
 
     def facts(self, setting: Setting) -> Facts:
         """Return what a sealed cell says of the model.
@@ -104,10 +107,13 @@ class Pool:
 
     def _first_ready(self) -> _Member:
         while True:
-            done, _ = wait([member.ready for member in self._members], return_when=FIRST_COMPLETED)
+            done, _ = wait([member.ready for member in self._members], _PATIENCE_SECONDS, FIRST_COMPLETED)
+            if not done:
+                _log.warning("no worker is there yet: the cluster may have no room for one")
+                continue
             member = next(each for each in self._members if each.ready in done)
             try:
-                member.ready.result()
+                self._check(member)
                 return member
             except self._died as error:
                 self._replace(member, error)
@@ -128,7 +134,7 @@ class Pool:
             self._hand_out(setting, waiting, running)
             starting = [member.ready for member in self._members if not member.ready.done()] if waiting else []
             done, _ = wait([*running, *starting], return_when=FIRST_COMPLETED)
-            for future in [each for each in done if each in running]:
+            for future in [each for each in running if each in done]:  # in order: the first of a dead one killed it
                 member, number, work = running.pop(future)
                 member.load -= 1
                 try:
@@ -155,9 +161,10 @@ class Pool:
         running: dict[Future[Any], tuple[_Member, int, Work]],
     ) -> None:
         for member in list(self._members):
-            if member.ready.done() and (error := member.ready.exception()) is not None:
-                if not isinstance(error, self._died):
-                    raise error
+            try:
+                if member.ready.done():
+                    self._check(member)
+            except self._died as error:
                 self._replace(member, error)
         for _ in range(_AHEAD):  # one each before anyone gets a second
             for member in self._members:
@@ -165,6 +172,13 @@ class Pool:
                     number, work = waiting.popleft()
                     running[member.handle.ask("answer", setting, work)] = member, number, work
                     member.load += 1
+
+    def _check(self, member: _Member) -> None:
+        """Look at a worker once that has just come."""
+        described = member.ready.result()
+        if not member.accepted:
+            self.accept(described)
+            member.accepted = True
 
     def _replace(self, member: _Member, error: BaseException) -> None:
         """Put a new worker in the place of a dead one; it is given batches when it is there."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from concurrent.futures import Future
 from typing import Any
 
@@ -11,6 +13,7 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.engines import Engine
 from dllm_sparsity.study.engines.pool import Pool
 from dllm_sparsity.study.engines.worker import Worker
+from dllm_sparsity.study.offline import SWITCHES
 
 
 def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
@@ -30,6 +33,7 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
     except ImportError as error:
         raise UserError("ray is not installed", "pip install dllm-sparsity[ray]") from error
     started = not ray.is_initialized()
+    before = signal.getsignal(signal.SIGTERM)
     if started:
         try:
             ray.init(engine.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -40,6 +44,8 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
                 f"no Ray cluster at {where}: {why}",
                 "ray start --head starts one; a cluster with tokens needs RAY_AUTH_MODE=token; or use --engine local",
             ) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray puts its own there
     try:
         resources = _resources(ray, engine, device)
     except BaseException:
@@ -47,12 +53,18 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
             ray.shutdown()
         raise
     size, needs, kind = resources
-    actor = ray.remote(**needs, max_restarts=0)(_Actor)
+    told = {name: os.environ[name] for name in SWITCHES if name in os.environ}  # a running cluster has its own
+    actor = ray.remote(**needs, max_restarts=0, runtime_env={"env_vars": told})(_Actor)
 
     def start(number: int) -> _Remote:
         return _Remote(ray, actor.remote(kind, None if needs["num_gpus"] else int(needs["num_cpus"])))
 
-    died = (exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError)
+    died = (
+        exceptions.RayActorError,
+        exceptions.WorkerCrashedError,
+        exceptions.NodeDiedError,
+        exceptions.OutOfMemoryError,
+    )
     try:
         return _RayPool(start, size, died, seed, ray if started else None)
     except ModuleNotFoundError as error:
@@ -63,11 +75,11 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
 
 def _resources(ray: Any, engine: Engine, device: str) -> tuple[int, dict[str, Any], str]:
     """Return how many actors there are to be, what each needs, and its device."""
+    if ":" in device:
+        raise UserError(f"device {device} for a cluster", "use --device cuda: Ray gives each worker its own GPU")
     have = ray.cluster_resources()
     gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
-    kind = device.partition(":")[0]
-    if kind == "auto":
-        kind = "cuda" if gpus else "cpu"
+    kind = device if device != "auto" else "cuda" if gpus else "cpu"
     if kind == "cuda":
         size = engine.workers or gpus // engine.gpus_per_worker
         if size < 1 or size * engine.gpus_per_worker > gpus:
@@ -130,6 +142,8 @@ class _RayPool(Pool):
         super().__init__(start, size, died, seed)
 
     def close(self) -> None:
-        super().close()
-        if self._ray is not None:
-            self._ray.shutdown()
+        try:
+            super().close()
+        finally:
+            if self._ray is not None:
+                self._ray.shutdown()

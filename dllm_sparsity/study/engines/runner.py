@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -51,12 +52,12 @@ class Share:
     Args:
         number: Of the part, from 0.
         parts: How many there are.
-        sealed: Fingerprints of cells that are sealed elsewhere.
+        cells: Folder of the study's sealed cells, none of which is run again.
     """
 
     number: int = 0
     parts: int = 1
-    sealed: frozenset[str] = frozenset()
+    cells: Path | None = None
 
     def of(self, work: Sequence[_T]) -> list[_T]:
         """Return this part of a list: neighbours stay together, so that few models are loaded.
@@ -91,24 +92,28 @@ def run_study(
     """
     rundir, pool, engine, share = None, None, engine or Engine(), share or Share()
     try:
-        _check_first(config)
+        _check_first(config, engine)
         rundir = RunDir(out, config)
+        if share.cells is not None:
+            slurm.take_over(share.cells.iterdir(), rundir)
         with quiet(rundir.log):
             pool = open_pool(engine, config, rundir.log)
             described = environment.describe(choose_device(config.device), config.seed)
             if pool is not None:
-                described |= _same_packages(pool.describe(), described) | {"workers": len(pool)}
+                pool.accept = partial(_check_same, here=described)
+                there = pool.describe()
+                described |= {**there, "git": described.get("git"), "workers": len(pool)}
             elif engine.kind == "slurm":
                 described["device"] = slurm.device_of(engine, config.device)
             planner = Planner(config, described["device"].partition(":")[0])
-            jobs = [job for job in share.of(planner.all()) if job.fingerprint not in share.sealed]
+            jobs = share.of(planner.all())
         runner = _Runner(config, rundir, described, progress, planner, engine, pool)
         runner.plan(jobs)
         if config.search is None and share.parts == 1:  # a search may ask for its cells again, another part for its own
             rundir.drop_journals({job.fingerprint for job in jobs})
         pairs = [] if searches is None else share.of(planner.pairs())
         if engine.kind == "slurm":
-            slurm.take_over(rundir)
+            slurm.take_over(slurm.cells_of_parts(rundir), rundir)
         open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
         total = sum(job.cost for job in jobs)
         expected = planner.search_cost() if pairs else 0.0
@@ -216,9 +221,12 @@ class _Runner:
             return
 
 
-def _check_first(config: StudyConfig) -> None:
-    """Refuse bad rules, strengths and missing models before a task or a weight is loaded."""
-    from dllm_sparsity.lm.loading import check_exists
+def _check_first(config: StudyConfig, engine: Engine) -> None:
+    """Refuse bad rules, strengths, devices and missing models before a file is written or a weight is loaded."""
+    from dllm_sparsity.lm.loading import check_exists, find_device
+
+    if engine.kind == "local":
+        find_device(choose_device(config.device))
 
     for rule in config.rules:
         for strength in rule.strengths:
@@ -243,6 +251,8 @@ def open_pool(engine: Engine, config: StudyConfig, log: Path) -> Pool | None:
     Raises:
         UserError: There are not enough GPUs, or the engine cannot be reached.
     """
+    if engine.kind == "slurm":
+        return None  # its jobs do the work
     if engine.kind == "ray":
         from dllm_sparsity.study.engines.ray import ray_pool
 
@@ -252,12 +262,13 @@ def open_pool(engine: Engine, config: StudyConfig, log: Path) -> Pool | None:
     return local_pool(engine, config.device, config.seed, log)
 
 
-def _same_packages(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """Return what a worker runs on; the packages that compute have to be those of this process."""
+def _check_same(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse a worker whose code or packages are not those that fingerprints are made of."""
     for name in environment.COMPUTING:
         if there["packages"][name] != here["packages"][name]:
             raise UserError(
                 f"{name} is {there['packages'][name]} on a worker and {here['packages'][name]} here",
                 "install the same versions on all machines",
             )
-    return {name: value for name, value in there.items() if name != "git"}
+    if there["code"] != environment.code_identity():
+        raise UserError("a worker runs other code of dllm-sparsity", "install the same version on all machines")

@@ -9,8 +9,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Part:
         searches: As in `run_study`.
         number: Of the part, from 0.
         parts: How many there are.
-        sealed: Fingerprints of cells that are there already.
+        cells: Folder of the study's sealed cells.
         gpus_per_worker: As in `Engine`.
     """
 
@@ -45,7 +45,7 @@ class Part:
     searches: Any
     number: int
     parts: int
-    sealed: frozenset[str] = field(repr=False)
+    cells: Path
     gpus_per_worker: int = 1
 
     def __call__(self) -> UserError | None:
@@ -53,7 +53,7 @@ class Part:
         from dllm_sparsity.study.engines.runner import Share, run_study
 
         engine = Engine(gpus_per_worker=self.gpus_per_worker)
-        share = Share(self.number, self.parts, self.sealed)
+        share = Share(self.number, self.parts, self.cells)
         try:
             run_study(self.config, self.out, _Unheard(), self.searches, engine, share).release()
         except UserError as error:
@@ -76,7 +76,8 @@ def device_of(engine: Engine, device: str) -> str:
     """
     if device != "auto":
         return device
-    return "cuda" if any("gpu" in f"{name}={value}" for name, value in engine.options.items()) else "cpu"
+    asked = [str(value) for name, value in engine.options.items() if "gpu" in name or "gres" in name]
+    return "cuda" if any(value not in ("0", "") for value in asked) else "cpu"
 
 
 def run(
@@ -97,10 +98,9 @@ def run(
     """
     executor = _executor(engine, rundir.path / "slurm")
     parts = min(engine.workers or _JOBS, max(1, cells))
-    sealed = frozenset(folder.name for folder in (rundir.path / "cells").iterdir() if (folder / "DONE").is_file())
-    root = (rundir.path / "parts").resolve()
+    root, done = (rundir.path / "parts").resolve(), (rundir.path / "cells").resolve()
     work = [
-        Part(config, root / f"{n + 1}-of-{parts}", searches, n, parts, sealed, engine.gpus_per_worker)
+        Part(config, root / f"{n + 1}-of-{parts}", searches, n, parts, done, engine.gpus_per_worker)
         for n in range(parts)
     ]
     try:
@@ -117,7 +117,7 @@ def run(
             job.cancel(check=False)
         raise
     failed = [why for job in jobs if (why := _failure(job)) is not None]
-    take_over(rundir)
+    take_over(cells_of_parts(rundir), rundir)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(jobs)} jobs failed: {failed[0]}",
@@ -125,19 +125,31 @@ def run(
         )
 
 
-def take_over(rundir: RunDir) -> None:
-    """Link the cells that parts have sealed to where the study has them; a part that runs again finds its own.
+def cells_of_parts(rundir: RunDir) -> list[Path]:
+    """Return the folders of all cells that jobs have begun or sealed.
 
     Args:
         rundir: Of the study.
+    """
+    return sorted((rundir.path / "parts").glob("*/cells/*"))
+
+
+def take_over(folders: Iterable[Path], rundir: RunDir) -> None:
+    """Link cells that are sealed elsewhere to where a run has its own; they stay where they are as well.
+
+    Args:
+        folders: The cells; what is not whole is left out.
+        rundir: Of the run.
 
     Raises:
         UserError: The folder cannot be written to.
     """
     with writing(rundir.path):
-        for folder in sorted((rundir.path / "parts").glob("*/cells/*")):
+        for folder in folders:
             place = rundir.path / "cells" / folder.name
-            if (folder / "DONE").is_file() and find_damage(folder) is None and not place.exists():
+            is_new = (folder / "DONE").is_file() and not (place / "DONE").is_file()
+            if is_new and find_damage(folder) is None:
+                shutil.rmtree(place, ignore_errors=True)  # what was damaged
                 draft = place.with_name(f".{place.name}.{os.getpid()}")
                 shutil.copytree(folder, draft, copy_function=_link)
                 os.replace(draft, place)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class Worker:
             torch.set_num_threads(threads)
 
     def describe(self, seed: int) -> dict[str, Any]:
-        """Return what the worker runs on, and its kind of device.
+        """Return what the worker runs on, its kind of device and the identity of its code.
 
         Args:
             seed: The study's seed.
@@ -42,7 +42,7 @@ class Worker:
         from dllm_sparsity.study.models import choose_device
 
         device = choose_device(self._device)
-        return environment.describe(device, seed)
+        return {**environment.describe(device, seed), "code": environment.code_identity()}
 
     def answer(self, setting: Setting, work: Work) -> Counted:
         """Answer a batch, and count in it.
@@ -93,9 +93,9 @@ class Worker:
         return self._host, self._here
 
     def _drop(self) -> None:
-        """Take the rule off the model; on the way out of an error nothing more is checked."""
+        """Take the rule off the model; nothing more is checked, for each batch was."""
         stack, self._open, self._here = self._open, ExitStack(), None
-        stack.__exit__(*sys.exc_info())
+        stack.__exit__(GeneratorExit, GeneratorExit(), None)
 
 
 _worker: Worker | None = None
@@ -118,12 +118,21 @@ def start(log: str, gpus: str | None, device: str, threads: int | None) -> None:
 
     tqdm.set_lock(threading.RLock())  # its own is shared by processes, and left behind by one that is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that plans; it ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     _worker = Worker(device, threads)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that plans is gone, so that none is left behind with a model."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def ask(method: str, *arguments: Any) -> Any:
