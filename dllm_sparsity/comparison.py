@@ -83,13 +83,13 @@ def compare(
     """
     from dllm_sparsity.analysis.logged import cell_numbers, study_numbers
     from dllm_sparsity.report import write_report
-    from dllm_sparsity.study.engines.runner import run_study
+    from dllm_sparsity.study.engines.runner import Silent, run_study
 
     study = as_config(config)
     place = Path(out) if out is not None else Path("runs") / study.name
     searches = Searches(study) if study.search is not None else None
     who = Engine.parse(engine) if isinstance(engine, str) else engine
-    told = Tracking(track, study, place, progress or _Silent(), lambda folder: cell_numbers(open_cell(folder)))
+    told = Tracking(track, study, place, progress or Silent(), lambda folder: cell_numbers(open_cell(folder)))
     with told, run_study(study, place, told, searches, who) as rundir:
         if searches is not None:
             searches.write(rundir.path)
@@ -216,15 +216,3 @@ def ladder_of(rule: RuleConfig) -> list[float]:
         return [kind.dense, *sorted(set(rule.strengths), reverse=kind.denser_upwards)]
     last = 0.99 if kind.open_low and end == kind.low else 1.0
     return [round(kind.dense + share * (end - kind.dense), 6) for share in (*LADDER[:-1], last)]
-
-
-class _Silent:
-    """Progress that shows nothing."""
-
-    def start(self, total: float, done: float) -> None: ...
-
-    def cell(self, title: str, cost: float) -> None: ...
-
-    def share(self, done: int, total: int) -> None: ...
-
-    def stop(self) -> None: ...

@@ -3,7 +3,16 @@
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>", "<unk>"]
 PAD, BOS, EOS, MASK = 0, 1, 2, 3
@@ -55,3 +64,18 @@ def llama(causal=True, seed=0, forbid_mask=False, **changes):
         with torch.no_grad():
             model.lm_head.weight[MASK] = 0
     return model
+
+
+def causal_lm(name):
+    """A tiny causal model of another form than Llama's, or llama."""
+    configs = {
+        "qwen3": Qwen3Config(**SHAPE),
+        "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=8),
+        "gpt2": GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2),
+        "opt": OPTConfig(
+            vocab_size=100, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            word_embed_proj_dim=32, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    }  # fmt: skip
+    return llama() if name == "llama" else randomize(AutoModelForCausalLM.from_config(configs[name]))

@@ -22,7 +22,6 @@ from dllm_sparsity.analysis.steps import counted, sparsity_by
 
 Answer = dict[str, Any]
 DRAWS, SEED = 1000, 0
-_LIFT = 8  # as in the search: a strength counts when it was measured on this part of the items
 _MAY_NOT_CROSS = 0.025
 """More draws without a crossing than this, and the ends of their interval would be those of the measured points."""
 
@@ -163,16 +162,24 @@ def compared(uniform: Searched, allocated: Searched, index: int) -> Answer:
 
 def _drawn(searches: tuple[Search, Search], threshold: Threshold, items: int) -> np.ndarray | None:
     """Return the difference of both crossings on shared items, then on bootstrap samples of them."""
-    curves = [_Shared.of(search, items) for search in searches]
+    curves = [search.measured(items) for search in searches]
     rng, missed, found = np.random.default_rng(SEED), np.zeros(2), []
-    members = _members(curves[0].dense)
+    members = _members(curves[0][0])
     for draw in range(DRAWS + 1):
         picked = rng.integers(0, len(members), len(members)) if draw else range(len(members))
         chosen = np.sort(np.concatenate([members[number] for number in picked]))
-        profiles = [curve.profile(threshold, chosen) for curve in curves]
+        profiles = [
+            profile(_at(dense, chosen), [_at(own, chosen) for own in sparse], threshold, search.ended)
+            for search, (dense, sparse) in zip(searches, curves, strict=True)
+        ]
         missed += [not own.crosses for own in profiles]
         found.append(profiles[1].estimate - profiles[0].estimate)
     return np.array(found) if (missed <= _MAY_NOT_CROSS * DRAWS).all() else None
+
+
+def _at(column: Column, chosen: np.ndarray) -> Column:
+    """Return drawn items; in ascending order, so that those of a shorter column come first."""
+    return column.at(chosen[chosen < len(column)])
 
 
 def _members(dense: Column) -> list[np.ndarray]:
@@ -180,32 +187,6 @@ def _members(dense: Column) -> list[np.ndarray]:
     groups = np.arange(len(dense)) if dense.group is None else dense.group
     order = np.argsort(groups, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """The columns of a search on its first items; beyond the sparsest of them, those of fewer items."""
-
-    dense: Column
-    sparse: list[Column]
-    ended: bool
-
-    @classmethod
-    def of(cls, search: Search, items: int) -> _Shared:
-        if search.dense is None:
-            raise RuntimeError("a search with an answer has measured dense")
-        sparsest = max(own.sparsity for own in search.columns.values() if len(own) >= items)
-        used = {
-            strength: own.first(items)
-            for strength, own in search.columns.items()
-            if len(own) * _LIFT >= items or own.sparsity > sparsest
-        }
-        return cls(search.dense.first(items), list(used.values()), search.ladder[-1] in used)
-
-    def profile(self, threshold: Threshold, chosen: np.ndarray) -> Any:
-        """Return the profile of drawn items; in ascending order, so that those of a shorter column come first."""
-        dense, *sparse = (own.at(chosen[chosen < len(own)]) for own in (self.dense, *self.sparse))
-        return profile(dense, sparse, threshold, self.ended)
 
 
 def nearest_strength(search: Search, goal: Goal) -> float | None:

@@ -223,14 +223,24 @@ class Search:
             goal.profile, goal.items = found, items
 
     def _profile(self, goal: Goal, items: int) -> Profile | None:
-        if self.dense is None or all(len(column) < items for column in self.columns.values()):
+        if all(len(column) < items for column in self.columns.values()):
             return None
+        return profile(*self.measured(items), goal.threshold, self.ended)
+
+    def measured(self, items: int) -> tuple[Column, list[Column]]:
+        """Return dense and the strengths that a curve on the first items is read from, ascending in sparsity.
+
+        Args:
+            items: How many; some strength was measured on all of them.
+        """
         ordered = sorted(self.columns.values(), key=lambda column: column.sparsity)
         chosen = [column.first(items) for column in ordered if len(column) * _PART >= items]
         beyond = [column for column in ordered if column.sparsity > chosen[-1].sparsity][:1]
-        return profile(self.dense.first(items), chosen + beyond, goal.threshold, self._ended())
+        return self._base(items), chosen + beyond
 
-    def _ended(self) -> bool:
+    @property
+    def ended(self) -> bool:
+        """Whether the sparsest strength there is was measured."""
         return self.ladder[-1] in self.columns
 
     def _target(self, found: Profile | None, goal: Goal, items: int) -> float | None:
@@ -242,7 +252,7 @@ class Search:
             return None
         low, high = (curve.estimate + shrunk * (end - curve.estimate) for end in curve.within_reach)
         last, width = float(curve.points[-1]), max(high - low, self.limits.width / 2)
-        if not curve.fails and not self._ended() and high >= last:
+        if not curve.fails and not self.ended and high >= last:
             return _above(curve)
         if items < self.limits.items and (doubtful := self._doubtful(curve, items)):
             return doubtful[0]

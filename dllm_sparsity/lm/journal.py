@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from dllm_sparsity.lm.items import PromptBatch, Target
@@ -23,7 +24,7 @@ class Work:
     batch: Sequence[Target] | PromptBatch
     check_greedy: bool = False
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Digest of what is asked."""
         return hashlib.sha256(repr((self.check_greedy, self.batch)).encode()).hexdigest()

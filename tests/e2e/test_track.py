@@ -214,8 +214,8 @@ def compared(rows, wanted):
 
 def test_cells_that_an_engine_seals_meanwhile_are_told_too(small, told, monkeypatch):
     """Where several machines work, only the number of answered requests is heard of until the end."""
-    from dllm_sparsity.comparison import _Silent
     from dllm_sparsity.study.config import build_config
+    from dllm_sparsity.study.engines.runner import Silent
     from dllm_sparsity.study.track import Tracking
 
     mine, place = Mine(), told[1].path
@@ -225,7 +225,7 @@ def test_cells_that_an_engine_seals_meanwhile_are_told_too(small, told, monkeypa
     hidden.unlink()
     now = iter([0.0, 10.0, 31.0, 31.0, 32.0])
     monkeypatch.setattr("dllm_sparsity.study.track.time.monotonic", lambda: next(now))
-    tracking = Tracking(mine, build_config(small), place, _Silent(), lambda folder: {folder.name: 1.0})
+    tracking = Tracking(mine, build_config(small), place, Silent(), lambda folder: {folder.name: 1.0})
     tracking.start(1, 0)
     assert len(mine.told) == 5
     hidden.write_bytes(done)

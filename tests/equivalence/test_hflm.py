@@ -4,7 +4,6 @@ import pytest
 import tiny
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, OPTConfig, Qwen3Config
 
 from autoregressive.backend import AutoregressiveBackend
 
@@ -19,25 +18,9 @@ PAIRS = [
 PROMPTS = ["hello", "The quick brown fox jumps over", "x", "0123456789" * 9]
 
 
-def build(name):
-    configs = {
-        "llama": None,
-        "qwen3": Qwen3Config(**tiny.SHAPE),
-        "gemma3": Gemma3TextConfig(**tiny.SHAPE, sliding_window=8),
-        "gpt2": GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2),
-        "opt": OPTConfig(
-            vocab_size=100, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-            word_embed_proj_dim=32, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ),
-    }  # fmt: skip
-    if configs[name] is None:
-        return tiny.llama()
-    return tiny.randomize(AutoModelForCausalLM.from_config(configs[name]))
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3", "gpt2", "opt"])
 def both(request):
-    model, tokenizer = build(request.param), tiny.tokenizer()
+    model, tokenizer = tiny.causal_lm(request.param), tiny.tokenizer()
     arguments = {"batch_size": 3, "max_length": 100}
     return AutoregressiveBackend(model, tokenizer, **arguments), HFLM(
         pretrained=model, tokenizer=tokenizer, **arguments

@@ -14,9 +14,9 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.items import Target
 from dllm_sparsity.lm.journal import Work
 from dllm_sparsity.sparsity.reading import NonFiniteError
-from dllm_sparsity.study.engines import Engine, slurm
+from dllm_sparsity.study.engines import Engine, Share, slurm
 from dllm_sparsity.study.engines.pool import Pool
-from dllm_sparsity.study.engines.runner import Share, open_pool
+from dllm_sparsity.study.engines.runner import open_pool
 from dllm_sparsity.study.records import checksums, find_damage
 
 

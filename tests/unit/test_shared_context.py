@@ -7,7 +7,6 @@ import tiny
 import torch
 from lm_eval.api.instance import Instance
 from material import make_study
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, MixtralConfig, OPTConfig, Qwen3Config
 
 from autoregressive.backend import AutoregressiveBackend
 from autoregressive.shared import Read, alike, continues, cost
@@ -27,20 +26,6 @@ SHARED = "a long context that all options of the item have, number "
 OPTIONS = [" yes", " no way at all", " x", " perhaps so", " no"]
 LETTERS = ["A", "B", "C", "D"]
 KEYS = ("phase", "branch", "block", "step", "noise_bin", "layer", "site", "expert", "token_state")
-
-
-def model_of(name):
-    configs = {
-        "qwen3": Qwen3Config(**tiny.SHAPE),
-        "gemma3": Gemma3TextConfig(**tiny.SHAPE, sliding_window=8),
-        "gpt2": GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2),
-        "opt": OPTConfig(
-            vocab_size=100, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-            word_embed_proj_dim=32, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ),
-        "mixtral": MixtralConfig(**tiny.SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    }  # fmt: skip
-    return tiny.llama() if name == "llama" else tiny.randomize(AutoModelForCausalLM.from_config(configs[name]))
 
 
 def asked(options, items=5):
@@ -85,7 +70,7 @@ def assert_the_same(shared, alone):
 @pytest.mark.parametrize("options", [OPTIONS, LETTERS], ids=["words", "letters"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "gemma3", "mixtral"])
 def test_likelihoods_and_counts_are_those_of_each_option_alone(name, options):
-    model = model_of(name)
+    model = tiny.causal_lm(name)
     sites = "intermediate" if name in ("gpt2", "opt", "mixtral") else "all"
     shared, alone = (scored(model, options, share, TopP(0.8), sites) for share in (True, False))
     assert_the_same(shared, alone)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
 
 from dllm_sparsity.errors import UserError, did_you_mean
 
 KINDS = ("local", "ray", "slurm")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -67,3 +71,27 @@ class Engine:
                 raise UserError(f"cannot read engine option {option!r}", "give NAME=VALUE, such as timeout_min=120")
             given[name] = int(value) if re.fullmatch(r"\d+", value) else value
         return cls(kind, text if slashes else None, workers, gpus_per_worker, given)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of several equal parts of a study.
+
+    Args:
+        number: Of the part, from 0.
+        parts: How many there are.
+        cells: Folder of the study's sealed cells, none of which is run again.
+    """
+
+    number: int = 0
+    parts: int = 1
+    cells: Path | None = None
+
+    def of(self, work: Sequence[_T]) -> list[_T]:
+        """Return this part of a list: neighbours stay together, so that few models are loaded.
+
+        Args:
+            work: The list.
+        """
+        start, stop = (len(work) * edge // self.parts for edge in (self.number, self.number + 1))
+        return list(work[start:stop])

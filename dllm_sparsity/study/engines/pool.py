@@ -85,22 +85,21 @@ class Pool:
         Raises:
             UserError: No worker could be started.
         """
-        return {name: value for name, value in self._sure("describe", self._seed).items() if name != "code"}
+        return {name: value for name, value in self._first_ready().ready.result().items() if name != "code"}
 
     def facts(self, setting: Setting) -> Facts:
-        """Return what a sealed cell says of the model.
+        """Return what a sealed cell says of the model, told by any worker.
 
         Args:
             setting: Of the cell.
-        """
-        return self._sure("facts", setting)
 
-    def _sure(self, method: str, *arguments: Any) -> Any:
-        """Call a method of any worker, of another one where it dies."""
+        Raises:
+            UserError: The model cannot be loaded, or several workers died of it.
+        """
         for _ in range(_DEATHS):
             member = self._first_ready()
             try:
-                return member.handle.ask(method, *arguments).result()
+                return member.handle.ask("facts", setting).result()
             except self._died as error:
                 self._replace(member, error)
         raise UserError(f"{_DEATHS} workers died one after another", _SEE_LOG)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.attached import Host, LocalHost
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
-from dllm_sparsity.study.engines import Engine, slurm
+from dllm_sparsity.study.engines import Engine, Share, slurm
 from dllm_sparsity.study.engines.planner import Job, Planner
 from dllm_sparsity.study.engines.pool import Pool, PoolHost
 from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
@@ -22,8 +21,6 @@ from dllm_sparsity.study.quiet import quiet
 from dllm_sparsity.study.run import run_cell
 from dllm_sparsity.study.rundir import RunDir
 from dllm_sparsity.study.tasks import LoadedTask
-
-_T = TypeVar("_T")
 
 Searches = Callable[[ModelConfig, TaskSpec, LoadedTask], Iterable[Generator[Cell, Path, None]]]
 """For a model and a task: loops that yield the cell they want next and are sent the folder it is sealed in."""
@@ -45,28 +42,20 @@ class Progress(Protocol):
         """End."""
 
 
-@dataclass(frozen=True)
-class Share:
-    """One of several equal parts of a study.
+class Silent:
+    """Progress that shows nothing."""
 
-    Args:
-        number: Of the part, from 0.
-        parts: How many there are.
-        cells: Folder of the study's sealed cells, none of which is run again.
-    """
+    def start(self, total: float, done: float) -> None:
+        """Show nothing."""
 
-    number: int = 0
-    parts: int = 1
-    cells: Path | None = None
+    def cell(self, title: str, cost: float) -> None:
+        """Show nothing."""
 
-    def of(self, work: Sequence[_T]) -> list[_T]:
-        """Return this part of a list: neighbours stay together, so that few models are loaded.
+    def share(self, done: int, total: int) -> None:
+        """Show nothing."""
 
-        Args:
-            work: The list.
-        """
-        start, stop = (len(work) * edge // self.parts for edge in (self.number, self.number + 1))
-        return list(work[start:stop])
+    def stop(self) -> None:
+        """Show nothing."""
 
 
 def run_study(
@@ -100,9 +89,8 @@ def run_study(
             pool = open_pool(engine, config, rundir.log)
             described = environment.describe(choose_device(config.device), config.seed)
             if pool is not None:
-                pool.accept = partial(_check_same, here=described)
-                there = pool.describe()
-                described |= {**there, "git": described.get("git"), "workers": len(pool)}
+                pool.accept = partial(_check_same, here={**described, "code": environment.code_identity()})
+                described |= {**pool.describe(), "git": described.get("git"), "workers": len(pool)}
             elif engine.kind == "slurm":
                 described["device"] = slurm.device_of(engine, config.device)
             planner = Planner(config, described["device"].partition(":")[0])
@@ -197,28 +185,28 @@ class _Runner:
         )
 
     def _is_done(self, search: Generator[Cell, Path, None], task: LoadedTask) -> bool:
-        try:
-            cell = next(search)
-            while True:
-                mark = self.planner.job(cell, task).fingerprint
-                if not self.rundir.is_sealed(mark):
-                    return False
-                cell = search.send(self.rundir.path / "cells" / mark)
-        except StopIteration:
-            return True
+        return self._follow(search, task, lambda job: self.rundir.is_sealed(job.fingerprint))
 
     def drive(self, search: Generator[Cell, Path, None], task: LoadedTask) -> None:
         """Give a search the cells it asks for: sealed ones from disk."""
+
+        def sealed(job: Job) -> bool:
+            self.plan([job])
+            if not self.rundir.is_sealed(job.fingerprint):
+                self.run(job)
+            return True
+
+        self._follow(search, task, sealed)
+
+    def _follow(self, search: Generator[Cell, Path, None], task: LoadedTask, sealed: Callable[[Job], bool]) -> bool:
+        """Send a search the cells it asks for while they are sealed; return whether it came to its end."""
         try:
             cell = next(search)
-            while True:
-                job = self.planner.job(cell, task)
-                self.plan([job])
-                if not self.rundir.is_sealed(job.fingerprint):
-                    self.run(job)
+            while sealed(job := self.planner.job(cell, task)):
                 cell = search.send(self.rundir.path / "cells" / job.fingerprint)
+            return False
         except StopIteration:
-            return
+            return True
 
 
 def _check_first(config: StudyConfig, engine: Engine) -> None:
@@ -270,5 +258,5 @@ def _check_same(there: dict[str, Any], here: dict[str, Any]) -> None:
                 f"{name} is {there['packages'][name]} on a worker and {here['packages'][name]} here",
                 "install the same versions on all machines",
             )
-    if there["code"] != environment.code_identity():
+    if there["code"] != here["code"]:
         raise UserError("a worker runs other code of dllm-sparsity", "install the same version on all machines")

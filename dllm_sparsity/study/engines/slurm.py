@@ -16,7 +16,7 @@ from typing import Any
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.config import StudyConfig
-from dllm_sparsity.study.engines import Engine
+from dllm_sparsity.study.engines import Engine, Share
 from dllm_sparsity.study.records import find_damage
 from dllm_sparsity.study.rundir import RunDir, writing
 
@@ -34,28 +34,23 @@ class Part:
         config: The study.
         out: The part's own run directory.
         searches: As in `run_study`.
-        number: Of the part, from 0.
-        parts: How many there are.
-        cells: Folder of the study's sealed cells.
+        share: Which part.
         gpus_per_worker: As in `Engine`.
     """
 
     config: StudyConfig
     out: Path
     searches: Any
-    number: int
-    parts: int
-    cells: Path
+    share: Share
     gpus_per_worker: int = 1
 
     def __call__(self) -> UserError | None:
         """Run it, on all GPUs that the job has; return what the user can put right."""
-        from dllm_sparsity.study.engines.runner import Share, run_study
+        from dllm_sparsity.study.engines.runner import Silent, run_study
 
         engine = Engine(gpus_per_worker=self.gpus_per_worker)
-        share = Share(self.number, self.parts, self.cells)
         try:
-            run_study(self.config, self.out, _Unheard(), self.searches, engine, share).release()
+            run_study(self.config, self.out, Silent(), self.searches, engine, self.share).release()
         except UserError as error:
             return error
         return None
@@ -100,7 +95,7 @@ def run(
     parts = min(engine.workers or _JOBS, max(1, cells))
     root, done = (rundir.path / "parts").resolve(), (rundir.path / "cells").resolve()
     work = [
-        Part(config, root / f"{n + 1}-of-{parts}", searches, n, parts, done, engine.gpus_per_worker)
+        Part(config, root / f"{n + 1}-of-{parts}", searches, Share(n, parts, done), engine.gpus_per_worker)
         for n in range(parts)
     ]
     try:
@@ -189,18 +184,3 @@ def _executor(engine: Engine, folder: Path) -> Any:
             f"SLURM cannot be used: {why}", "run this where sbatch is; submitit's documentation lists the options"
         ) from error
     return executor
-
-
-class _Unheard:
-    """Progress of a job: its log says what happens."""
-
-    def start(self, total: float, done: float) -> None: ...
-
-    def cell(self, title: str, cost: float) -> None:
-        import logging
-
-        logging.getLogger(__name__).info("%s", title)
-
-    def share(self, done: int, total: int) -> None: ...
-
-    def stop(self) -> None: ...
