@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import time
@@ -49,10 +50,15 @@ class Processes:
         """
         if not launched():
             return cls()
+        # it takes the group of the moment of its import for a default argument: that would keep the group, and its
+        # threads, until the interpreter is gone from under them, which aborts the process
+        import torch.distributed.nn
         from accelerate import PartialState
 
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         state = PartialState(cpu=on_cpu, timeout=timedelta(weeks=52))  # shares may take unequal time
+        if dist.is_initialized() and dist.get_backend() == "gloo":  # leaving NCCL waits for the others
+            atexit.register(state.destroy_process_group)  # where stop() is not reached
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
     def device(self, name: str) -> str:
@@ -94,7 +100,7 @@ class Processes:
         return merge(self.gather(reading))
 
     def stop(self) -> None:
-        """Leave the group, so that the launcher sees a clean end."""
+        """Leave the group and end its threads, so that the launcher sees a clean end."""
         if self.size > 1 and dist.is_initialized():
             from accelerate import PartialState
 

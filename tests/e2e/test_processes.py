@@ -18,23 +18,33 @@ from dllm_sparsity.lm.distributed import KEYS
 
 ROOT = Path(__file__).parents[2]
 ITEMS = 5
+THREADS = """
+import sys
+from pathlib import Path
+from dllm_sparsity.cli.main import main
+try:
+    main()
+finally:
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    print(f"threads: {[name for name in threads if 'gloo' in name]}", file=sys.stderr)
+"""
 pytestmark = pytest.mark.slow
 
 
-def launcher(processes):
+def launcher(processes, program=("-m", "dllm_sparsity.cli")):
     if processes == 1:
-        return [sys.executable, "-m", "dllm_sparsity.cli"]
+        return [sys.executable, *program]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     how = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", port]
-    more = ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "dllm_sparsity.cli"]
+    more = ["--mixed_precision", "no", "--dynamo_backend", "no", *program]
     return [sys.executable, "-m", "accelerate.commands.launch", *how, *more]
 
 
-def run(processes, folder, *arguments):
+def run(processes, folder, *arguments, **more):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher(processes), "eval", "--device", "cpu", *map(str, arguments)]
+    command = [*launcher(processes, **more), "eval", "--device", "cpu", *map(str, arguments)]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
@@ -92,6 +102,19 @@ def test_two_processes_equal_one(material, tasks, tmp_path, model):
     for task, values in scores.items():  # their means add up in another order
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         assert numbers == pytest.approx({name: shared_scores[task][name] for name in numbers}, rel=1e-12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are named in /proc")
+def test_no_thread_of_the_group_outlives_it(material, tmp_path):
+    """A thread that frees a tensor while the interpreter ends aborts the process; most often it is fast enough."""
+    program = tmp_path / "program.py"
+    program.write_text(THREADS)
+    done = run(
+        2, tmp_path, "--model", "sparse-ar", "--tasks", material / "choice.yaml", "--limit", 2,
+        "--model_args", f"pretrained={material / 'ar'}", program=[program],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("threads: []") == 2, done.stderr
 
 
 @pytest.mark.parametrize(
