@@ -103,7 +103,7 @@ def compare(
         from dllm_sparsity.cli.dry_run import dry_run as show
         from dllm_sparsity.study.config import build_config
 
-        context.exit(0 if show(build_config(study), as_json) else 1)
+        context.exit(0 if show(build_config(study), as_json, who, gate, track) else 1)
     if offline:
         from dllm_sparsity.cli.silence import silence
         from dllm_sparsity.study.config import build_config

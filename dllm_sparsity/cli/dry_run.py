@@ -11,37 +11,55 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from dllm_sparsity.cli.gate import Gate
     from dllm_sparsity.study.config import StudyConfig
     from dllm_sparsity.study.dry_run import DryRun, Part
+    from dllm_sparsity.study.engines import Engine
 
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 
 
-def dry_run(config: StudyConfig, as_json: bool) -> bool:
+def dry_run(config: StudyConfig, as_json: bool, engine: Engine, gate: Gate | None, track: str | None) -> bool:
     """Print what a study would take.
 
     Args:
         config: The study.
         as_json: Print one JSON object instead of tables.
+        engine: Who is to answer.
+        gate: The condition of --fail-if, or None.
+        track: Name of a tracker, or None.
 
     Returns:
         Whether nothing keeps it from running.
+
+    Raises:
+        UserError: The run would refuse the engine or the tracker.
     """
     from dllm_sparsity.cli.silence import silence
     from dllm_sparsity.study.dry_run import dry_run as find_out
+    from dllm_sparsity.study.engines.ahead import workers_ahead
+    from dllm_sparsity.study.plan import expand
+    from dllm_sparsity.study.track import check_tracker
 
+    if track is not None:
+        check_tracker(track)
+    workers = workers_ahead(engine, config, len(expand(config)))
     with _Telling() as tell, silence():
         found = find_out(config, tell)
+    if gate is not None and all(part.work is not None for part in found.parts):
+        from dllm_sparsity.cli.gate import unknown_ahead
+
+        found.problems += unknown_ahead(gate, config, dict.fromkeys(part.task for part in found.parts))
     command = _command()
     if as_json:
-        click.echo(json.dumps(_plain(found, config, command), allow_nan=False))
+        click.echo(json.dumps(_plain(found, config, command, engine, workers), allow_nan=False))
         return not found.problems
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
     console.print(_table(found.parts))
-    for line in _lines(found, config):
+    for line in _lines(found, config, engine, workers):
         console.print(Text(line))
     for problem in found.problems:
         console.print(Text(f"problem: {problem}", style="red"), soft_wrap=True)
@@ -72,10 +90,25 @@ def _command() -> str:
     return shlex.join(["dllm-sparsity", *(part for part in sys.argv[1:] if part not in ("--dry-run", "--json"))])
 
 
-def _plain(found: DryRun, config: StudyConfig, command: str) -> dict[str, Any]:
+def _plain(found: DryRun, config: StudyConfig, command: str, engine: Engine, workers: int | None) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {**asdict(found), "saved": _saved(found, config), "totals": _totals(found.parts), "command": command}
+    totals = _totals(found.parts)
+    totals["wall_seconds"] = _wall_seconds(totals["seconds"], found, engine, workers)
+    told = {"engine": engine.kind, "workers": workers, "command": command}
+    return {**asdict(found), "saved": _saved(found, config), "totals": totals, **told}
+
+
+def _wall_seconds(seconds: float | None, found: DryRun, engine: Engine, workers: int | None) -> float | None:
+    """Return the time from start to end, from that of one worker; None where it is not known."""
+    if seconds is None or workers is None:
+        return None
+    return seconds if _share_cores(found, engine) else seconds / workers
+
+
+def _share_cores(found: DryRun, engine: Engine) -> bool:
+    """Tell whether all workers compute on the cores that the timed steps had to themselves."""
+    return engine.kind == "local" and found.device == "cpu"
 
 
 def _totals(parts: list[Part]) -> dict[str, float | None]:
@@ -142,7 +175,7 @@ def _table(parts: list[Part]) -> Any:
     return table
 
 
-def _lines(found: DryRun, config: StudyConfig) -> Iterator[str]:
+def _lines(found: DryRun, config: StudyConfig, engine: Engine, workers: int | None) -> Iterator[str]:
     totals = _totals(found.parts)
     known = {name: "not known" if value is None else _short(value) for name, value in totals.items()}
     yield (
@@ -156,9 +189,7 @@ def _lines(found: DryRun, config: StudyConfig) -> Iterator[str]:
             flops = f"{_short(model['flops'])} dense FLOPs a token, {share:.0%} of them in FFNs"
         yield f"{name}: {model['weights'] / 1e9:.3g} GB of weights, {flops}"
     if totals["seconds"] is not None:
-        threads = f", {found.cpu} threads" if found.device == "cpu" else ""
-        hours = _hours(totals["seconds"])
-        yield f"estimated time on {found.device}{threads}, from three timed steps of each kind: {hours} h"
+        yield _time(totals["seconds"], found, engine, workers)
     disk = sum(part.disk for part in found.parts)
     at_least = "" if totals["disk"] is not None else "at least "
     yield f"estimated disk: {at_least}{_short(disk)}B" if disk else "estimated disk: not known"
@@ -180,6 +211,20 @@ def _lines(found: DryRun, config: StudyConfig) -> Iterator[str]:
         reasons.append("tokens are estimated where a model's tokenizer is not on this machine")
     for note in dict.fromkeys([*reasons, *found.notes]):
         yield f"note: {note}"
+
+
+def _time(seconds: float, found: DryRun, engine: Engine, workers: int | None) -> str:
+    threads = f", {found.cpu} threads" if found.device == "cpu" else ""
+    told = f"estimated time on {found.device}{threads}, from three timed steps of each kind"
+    wall = _wall_seconds(seconds, found, engine, workers)
+    if wall is None:
+        return f"{told}: {_hours(seconds)} h of one worker; how many there are, the cluster tells"
+    if workers == 1:
+        return f"{told}: {_hours(wall)} h"
+    if _share_cores(found, engine):
+        return f"{told}: {_hours(wall)} h on {workers} workers, which share these threads"
+    like = "" if engine.kind == "local" else " like this machine"
+    return f"{told}: {_hours(wall)} h on {workers} workers{like}; hours in the table are those of one"
 
 
 def _shares(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterator
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dllm_sparsity.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from dllm_sparsity.study.config import StudyConfig
 
 EXIT_CODE = 4
 _COMPARE: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
@@ -47,6 +50,13 @@ class Gate:
                 f"{text!r} is not a condition: {error.args[0] if error.args else error}", _EXAMPLE
             ) from error
         self.text = text
+
+    @property
+    def asked(self) -> list[str]:
+        """Return the names that it asks for."""
+        inner = {node.value for node in ast.walk(self._tree) if isinstance(node, ast.Attribute)}
+        paths = (node for node in ast.walk(self._tree) if isinstance(node, ast.Attribute | ast.Name))
+        return list(dict.fromkeys(".".join(_path(node)) for node in paths if node not in inner))
 
     def holds(self, summary: dict[str, Any]) -> bool:
         """Tell whether the condition holds.
@@ -100,6 +110,42 @@ def names(summary: dict[str, Any]) -> dict[str, float | None]:
         place = name if short.count(name) == 1 else f"{name}.{more}"
         found |= _interval(f"difference.{place}", pair["difference"], pair["interval"])
     return found
+
+
+def unknown_ahead(gate: Gate, config: StudyConfig, tasks: Iterable[str]) -> list[str]:
+    """Return what a condition asks for that no summary of a study will have, each in a sentence.
+
+    Args:
+        gate: The condition.
+        config: The study.
+        tasks: Its tasks, by lm-eval's names.
+    """
+    exact, begun = _names_ahead(config, tasks)
+    places = sorted({*exact, *begun})
+    return [
+        f"--fail-if: the summary will have no {name}{did_you_mean(name, places)}"
+        for name in gate.asked
+        if name not in exact and not name.startswith(tuple(f"{place}." for place in begun))
+    ]
+
+
+def _names_ahead(config: StudyConfig, tasks: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Return the names that a summary will have, and what others begin with: the model and the rule follow."""
+    exact, begun = {"counts.cells", "counts.unsealed"}, set()
+    layerwise = config.search is not None and config.search.layerwise  # its curves may be there, or not
+    paradigms = [model.paradigm for model in config.models]
+    for task, site in product(tasks, dict.fromkeys(site for rule in config.rules for site in rule.sites)):
+        rules = sum(site in rule.sites for rule in config.rules)
+        for paradigm, kind in product(dict.fromkeys(paradigms), ("dense", "critical")):
+            place = f"{kind}.{_dotted(task, site, paradigm)}"
+            alone = rules * paradigms.count(paradigm) == 1
+            exact |= set(_interval(place, None, None)) if alone else set()
+            begun |= set() if alone and not layerwise else {place}
+        if len(set(paradigms)) > 1:
+            place = f"difference.{_dotted(task, site)}"  # with several qualities theirs and the models' names follow
+            exact |= set(_interval(place, None, None))
+            begun.add(place)
+    return exact, begun
 
 
 def _interval(name: str, value: float | None, interval: Any) -> dict[str, float | None]:

@@ -63,7 +63,7 @@ class Tracking:
         self._told: set[str] = set()
         self._begun, self._last, self._failure = False, 0.0, ""
         if isinstance(tracker, str):
-            _check(tracker)
+            check_tracker(tracker)
 
     def __enter__(self) -> Tracking:
         return self
@@ -155,8 +155,15 @@ class Tracking:
             self._failure = f"{who} failed, the study goes on without it: {said}"
 
 
-def _check(name: str) -> None:
-    """Refuse a tracker that cannot be used, before the study runs."""
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that cannot be used, before the study runs.
+
+    Args:
+        name: One of `TRACKERS`.
+
+    Raises:
+        UserError: There is no such tracker, it is not installed, or it would use a network that is not to be used.
+    """
     if name not in TRACKERS:
         raise UserError(f"unknown tracker {name!r}{did_you_mean(name, TRACKERS)}", f"there are: {', '.join(TRACKERS)}")
     if find_spec(name) is None:

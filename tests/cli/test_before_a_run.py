@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 REFUSE_NETWORK = """
@@ -106,3 +107,60 @@ def test_nothing_is_looked_up(path, material, tmp_path, monkeypatch, arguments):
     if given[0] == "eval":
         assert "piqa cannot be loaded" in done.stderr
         assert "Loading weights" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--track", "wandv"], "unknown tracker 'wandv'; did you mean wandb?"),
+        (["--engine", "rai"], "unknown engine 'rai'"),
+        (["--engine", "ray", "--device", "cuda:0"], "device cuda:0 for a cluster"),
+        (["--engine", "slurm", "--engine-option", "cluster=slurm"], "SLURM cannot be used"),
+        (["--device", "cuda:77"], "cuda:77"),
+        (["--fail-if", "critical.x"], "compares nothing"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(run, path, monkeypatch, options, message):
+    monkeypatch.setattr("dllm_sparsity.study.dry_run.dry_run", lambda *_: pytest.fail("it came to the work"))
+    code, out, err = run("compare", path, "--dry-run", *options)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert len(err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("extra", ["ray", "submitit", "trackio"])
+def test_a_dry_run_wants_the_extras_that_the_run_wants(run, path, monkeypatch, extra):
+    monkeypatch.setitem(sys.modules, extra, None)
+    options = ["--track", "trackio"] if extra == "trackio" else ["--engine", "ray" if extra == "ray" else "slurm"]
+    code, _, err = run("compare", path, "--dry-run", *options)
+    assert code == 1
+    assert f"{extra} is not installed" in err
+    assert "pip install" in err
+
+
+def test_a_dry_run_names_the_conditions_that_cannot_be_asked(run, path):
+    good = "critical.tiny_choice.input.diffusion.low < 0.1 or difference.tiny_choice.all > 0.5 or counts.cells > 1"
+    code, out, _ = run("compare", path, "--dry-run", "--fail-if", good)
+    assert code == 0, out
+    code, out, _ = run("compare", path, "--dry-run", "--fail-if", f"{good} or critical.tiny_choice.input.difusion < 1")
+    assert code == 1
+    out = " ".join(out.split())
+    assert (
+        "the summary will have no critical.tiny_choice.input.difusion; did you mean critical.tiny_choice.input" in out
+    )
+    assert out.count("will have no") == 1
+
+
+def test_the_estimated_time_is_divided_over_workers(run, path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    pytest.importorskip("submitit")
+    jobs = ["--engine", "slurm", "--engine-option", "cluster=local", "--workers", "5", "--gpus-per-worker", "2"]
+    code, out, _ = run("compare", path, "--dry-run", *jobs)
+    assert code == 0
+    assert "h on 5 workers like this machine" in out
+    assert out.splitlines()[-1].endswith(f"dllm-sparsity compare {path} {' '.join(jobs)}")
+    found = json.loads(run("compare", path, "--dry-run", "--json", *jobs)[1])
+    assert found["workers"] == 5
+    assert found["totals"]["wall_seconds"] == pytest.approx(found["totals"]["seconds"] / 5)
+    if not torch.cuda.is_available():
+        assert "h on 3 workers, which share these threads" in run("compare", path, "--dry-run", "--workers", "3")[1]

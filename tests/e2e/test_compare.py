@@ -13,8 +13,10 @@ import yaml
 from material import make_study
 
 from dllm_sparsity import compare
+from dllm_sparsity.cli.gate import Gate, names, unknown_ahead
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import run as study_run
+from dllm_sparsity.study.config import build_config
 from dllm_sparsity.study.records import samples_schema, steps_schema
 
 
@@ -41,6 +43,16 @@ def test_every_cell_is_sealed_in_the_schema(finished):
     assert (result.path / "config.yaml").exists()
     assert (result.path / "plan.json").exists()
     assert result.report.exists()
+
+
+def test_a_condition_can_ask_for_every_number_before_the_run(finished):
+    study, result = finished
+    found = names(result.summary)
+    assert any(name.startswith("difference.") for name in found)
+    conditions = [Gate(f"{name} < 1 and not {name}x > -2") for name in found]
+    told = [unknown_ahead(gate, build_config(study), result.summary["counts"]["tasks"]) for gate in conditions]
+    assert not [own for own in told if len(own) > 1]
+    assert all(own for name, own in zip(found, told, strict=True) if not name.startswith("difference."))
 
 
 def test_records_agree_with_each_other(finished):

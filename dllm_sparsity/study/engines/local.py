@@ -26,6 +26,29 @@ def local_pool(engine: Engine, device: str, seed: int, log: Path) -> Pool | None
     Raises:
         UserError: More workers are asked for than there are GPUs for.
     """
+    workers, gpus = count_workers(engine, device)
+    if workers == 1:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = None if gpus else max(1, cores // workers)
+
+    def start(number: int) -> _Process:
+        own = gpus[number * engine.gpus_per_worker :][: engine.gpus_per_worker]
+        return _Process((str(log.resolve()), ",".join(own) or None, device, threads))
+
+    return Pool(start, workers, (BrokenProcessPool,), seed)
+
+
+def count_workers(engine: Engine, device: str) -> tuple[int, list[str]]:
+    """Return how many workers there are to be, and the GPUs for them.
+
+    Args:
+        engine: How many are asked for.
+        device: The study's device.
+
+    Raises:
+        UserError: More workers are asked for than there are GPUs for.
+    """
     gpus = visible_gpus() if device in ("auto", "cuda") else []
     workers = engine.workers
     if workers is None:
@@ -37,16 +60,7 @@ def local_pool(engine: Engine, device: str, seed: int, log: Path) -> Pool | None
             f"{workers} workers with {engine.gpus_per_worker} GPUs each, but torch sees {len(gpus)}",
             "lower --workers or --gpus-per-worker",
         )
-    if workers == 1:
-        return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = None if gpus else max(1, cores // workers)
-
-    def start(number: int) -> _Process:
-        own = gpus[number * engine.gpus_per_worker :][: engine.gpus_per_worker]
-        return _Process((str(log.resolve()), ",".join(own) or None, device, threads))
-
-    return Pool(start, workers, (BrokenProcessPool,), seed)
+    return workers, gpus
 
 
 def visible_gpus() -> list[str]:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from concurrent.futures import Future
+from importlib.util import find_spec
 from typing import Any
 
 from dllm_sparsity.errors import UserError
@@ -31,7 +32,7 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
         import ray
         from ray import exceptions
     except ImportError as error:
-        raise UserError("ray is not installed", "pip install dllm-sparsity[ray]") from error
+        raise _missing() from error
     started = not ray.is_initialized()
     before = signal.getsignal(signal.SIGTERM)
     if started:
@@ -73,10 +74,32 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
         ) from error
 
 
-def _resources(ray: Any, engine: Engine, device: str) -> tuple[int, dict[str, Any], str]:
-    """Return how many actors there are to be, what each needs, and its device."""
+def check_ray(device: str) -> None:
+    """Refuse what no cluster could run; none is asked.
+
+    Args:
+        device: The study's device.
+
+    Raises:
+        UserError: Ray is not installed, or the device is one numbered GPU.
+    """
+    if find_spec("ray") is None:
+        raise _missing()
+    _check_device(device)
+
+
+def _check_device(device: str) -> None:
     if ":" in device:
         raise UserError(f"device {device} for a cluster", "use --device cuda: Ray gives each worker its own GPU")
+
+
+def _missing() -> UserError:
+    return UserError("ray is not installed", "pip install dllm-sparsity[ray]")
+
+
+def _resources(ray: Any, engine: Engine, device: str) -> tuple[int, dict[str, Any], str]:
+    """Return how many actors there are to be, what each needs, and its device."""
+    _check_device(device)
     have = ray.cluster_resources()
     gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
     kind = device if device != "auto" else "cuda" if gpus else "cpu"

@@ -75,6 +75,16 @@ def device_of(engine: Engine, device: str) -> str:
     return "cuda" if any(value not in ("0", "") for value in asked) else "cpu"
 
 
+def count_jobs(engine: Engine, cells: int) -> int:
+    """Return how many jobs a study is parted into.
+
+    Args:
+        engine: How many are asked for.
+        cells: Cells and searches that the study has; there are not more jobs.
+    """
+    return min(engine.workers or _JOBS, max(1, cells))
+
+
 def run(
     config: StudyConfig, rundir: RunDir, searches: Any, engine: Engine, cells: int, told: Callable[[int, int], None]
 ) -> None:
@@ -91,8 +101,8 @@ def run(
     Raises:
         UserError: submitit or SLURM is missing, refuses the jobs, or some of them failed.
     """
-    executor = _executor(engine, rundir.path / "slurm")
-    parts = min(engine.workers or _JOBS, max(1, cells))
+    executor = make_executor(engine, rundir.path / "slurm")
+    parts = count_jobs(engine, cells)
     root, done = (rundir.path / "parts").resolve(), (rundir.path / "cells").resolve()
     work = [
         Part(config, root / f"{n + 1}-of-{parts}", searches, Share(n, parts, done), engine.gpus_per_worker)
@@ -168,7 +178,16 @@ def _failure(job: Any) -> str | None:
     return (trace or told or ["no reason given"])[-1].strip()[:200]
 
 
-def _executor(engine: Engine, folder: Path) -> Any:
+def make_executor(engine: Engine, folder: Path) -> Any:
+    """Return what submits jobs; it writes nothing before it does.
+
+    Args:
+        engine: What they ask for.
+        folder: Where their logs and pickles go.
+
+    Raises:
+        UserError: submitit or SLURM is missing, or an option is not known.
+    """
     try:
         import submitit
     except ImportError as error:
