@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from dllm_sparsity.study.offline import missing_files
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
 from dllm_sparsity.study.workload import Workload, make_planner, workload
 
+_ACCURACY = re.compile("acc|exact|match|pass|^em$")
 _Z = 1.959964 + 0.841621  # two-sided 5 %, power 80 %
 
 
@@ -41,7 +43,8 @@ class Part:
         disk: Estimated bytes of the sealed cells.
         seconds: Estimated seconds of all runs; None without a probe.
         no_probe: Why nothing was timed.
-        detectable: Smallest difference of two accuracies that this many items show, without pairing.
+        detectable: Smallest difference of two accuracies that this many items show, without pairing; None
+            where the task has none.
     """
 
     model: str
@@ -159,6 +162,7 @@ def _model(
                 part.why = error.message
                 continue
             _fill(part, part.work, price, own)
+            part.detectable = detectable(part.work.items) if has_accuracy(task) else None
             some = own or [plan.block_cell(config, model, spec, (config.rules[0], config.rules[0].sites[0]), None)]
             made.append((part, some, batches))
     _probe(model, made, config, found, tell)
@@ -170,7 +174,17 @@ def _fill(part: Part, work: Workload, price: Costs, cells: list) -> None:
         part.ffn_flops, part.flops = (each * part.runs for each in flops)
     part.peak = price.peak_bytes(work)
     part.disk = sum(disk_bytes(work, price.layers, len(cell.sites)) for cell in cells)
-    part.detectable = detectable(work.items)
+
+
+def has_accuracy(task: LoadedTask) -> bool:
+    """Tell whether items of a task are right or wrong, as far as the names of its metrics say.
+
+    Args:
+        task: The task, loaded.
+    """
+    if task.output_type in ("multiple_choice", "loglikelihood_rolling"):
+        return task.output_type == "multiple_choice"
+    return any(_ACCURACY.search(name) for name in task.task.higher_is_better())
 
 
 def detectable(items: int) -> float:

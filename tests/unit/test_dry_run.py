@@ -144,4 +144,6 @@ def test_a_probe_leaves_the_study_timed_and_the_disk_as_it_was(material, study, 
     assert [part.no_probe for part in found.parts] == [""] * 6
     assert all(part.seconds > 0 and part.peak > 0 and part.disk > 0 for part in found.parts)
     assert found.cells == 2 * 3 * 5
+    told = {part.task: part.detectable is not None for part in found.parts}
+    assert told == {"tiny_choice": True, "tiny_write": True, "text_own": False}  # a text is neither right nor wrong
     assert not list(tmp_path.iterdir())
