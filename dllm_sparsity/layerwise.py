@@ -22,13 +22,12 @@ from dllm_sparsity.analysis.allocated import (
 from dllm_sparsity.analysis.allocation import allocate, path_of, strengths_at, targets
 from dllm_sparsity.analysis.searched import SearchedCurve, open_cell
 from dllm_sparsity.analysis.slopes import Sensitivity, slopes_of
-from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.config import FEWEST_LAYERWISE_ITEMS, ModelConfig, RuleConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import make_rule
 from dllm_sparsity.study.plan import Cell, block_cell, probe_cell, with_block
 
 NAME = "layerwise"
 MOST_GROUPS = 12
-FEWEST_ITEMS = 16
 Loop = Generator[Cell, Path, Searched]
 
 
@@ -78,18 +77,21 @@ def allocated(place: Place, search: Callable[[RuleConfig, str], Loop]) -> Genera
     if plain.search.ladder[-1] not in plain.search.columns:
         measured.append((1.0, plain.search.ladder[-1]))
     strengths = strengths_at(targets(plain.crossings), measured)
-    probed = _probed_items(place, len(groups) * len(strengths) + 1)
-    if probed < FEWEST_ITEMS:
-        return _without(plain.answers, f"the budget or the task has fewer than {FEWEST_ITEMS} items for each layer")
+    cells = len(groups) * len(strengths) + 1
+    probed = _probed_items(place, cells)
+    if probed < FEWEST_LAYERWISE_ITEMS:
+        return _without(plain.answers, _too_few(place, probed, cells))
     probes = yield from _probe(place, plain.curve, (groups, strengths, probed), counts)
     rule = _rule(place, probes.found, plain.search.ladder)
     path = _Watched(search(rule, place.site))
     along = yield from path.run()
     for index, answer in enumerate(plain.answers):
-        shared, words = overlap_words(probed, place.items, along.answers[index]["items"])
+        difference = compared(plain, along, index)
+        gained = difference["interval"] is not None and difference["interval"][0] > 0
+        shared, words = overlap_words(probed, place.items, along.answers[index]["items"], gained)
         answer["allocation"] = {
             **{name: along.answers[index][name] for name in ("value", "interval", "censored", "reason", "items")},
-            "difference": compared(plain, along, index),
+            "difference": difference,
             "rule": {"name": NAME, "parameters": rule.parameters},
             "by_layer": _by_layer(place, (uniform, path), (plain, along), index),
             "sensitivities": [vars(own) for own in probes.found],
@@ -178,6 +180,15 @@ def _probed_items(place: Place, cells: int) -> int:
         return 0
     most = min(asked.layerwise_items, place.items)
     return most if asked.budget is None else min(most, asked.budget // cells)
+
+
+def _too_few(place: Place, probed: int, cells: int) -> str:
+    if place.items < FEWEST_LAYERWISE_ITEMS:
+        return f"each layer is measured on {FEWEST_LAYERWISE_ITEMS} items or more, and the task has {place.items}"
+    return (
+        f"the budget leaves {probed} items for each layer, and {FEWEST_LAYERWISE_ITEMS} are the fewest: raise it to"
+        f" {FEWEST_LAYERWISE_ITEMS * cells:,}"
+    )
 
 
 def _by_layer(

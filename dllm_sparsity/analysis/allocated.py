@@ -203,18 +203,17 @@ def nearest_strength(search: Search, goal: Goal) -> float | None:
     return min(whole, key=lambda strength: abs(search.columns[strength].sparsity - place), default=None)
 
 
-def overlap_words(probed: int, available: int, searched: int) -> tuple[int, str]:
+def overlap_words(probed: int, available: int, searched: int, gained: bool) -> tuple[int, str]:
     """Return how many of the items that chose the allocation the final search measured too, and that in words.
 
     Args:
         probed: Items at the end of the order on which layers were measured alone.
         available: Items there are.
         searched: Items from the start of the order that the final search measured.
+        gained: Whether the allocation is better than one strength; only then may the items flatter it.
     """
     shared = max(0, searched - (available - probed))
     if not shared:
         return 0, f"none of the {probed:,} items that chose the allocation were searched on"
-    return shared, (
-        f"{shared:,} of the {probed:,} items that chose the allocation are among the {searched:,} searched on:"
-        " the gain may look larger than on fresh items"
-    )
+    told = f"{shared:,} of the {probed:,} items that chose the allocation are among the {searched:,} searched on"
+    return shared, told + (": the gain may look larger than on fresh items" if gained else "")

@@ -104,6 +104,9 @@ class RuleConfig(_Frozen):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
+FEWEST_LAYERWISE_ITEMS = 16
+
+
 class SearchConfig(_Frozen):
     """A search for critical sparsity beside or instead of given strengths, for every model, task, rule and site."""
 
@@ -116,7 +119,7 @@ class SearchConfig(_Frozen):
     """Most item-evaluations for each curve, dense ones included; None for no limit."""
     layerwise: bool = False
     """Whether to look for strengths by layer that reach more sparsity in all than one strength for all layers."""
-    layerwise_items: int = Field(default=128, ge=16)
+    layerwise_items: int = Field(default=128, ge=FEWEST_LAYERWISE_ITEMS)
     """Items on which each layer is measured alone; with a budget as many as it allows, for it holds here once more."""
 
     @field_validator("retentions")
@@ -205,6 +208,7 @@ def build_config(data: dict[str, Any], source: str = "the study") -> StudyConfig
             )
         raise UserError(f"{source}: {where}: {first['msg']}", hint) from error
     _check_names(config)
+    _check_layerwise(config)
     return config
 
 
@@ -215,6 +219,17 @@ def _known_fields(location: tuple) -> list[str]:
         if len(location) > 1
         else list(StudyConfig.model_fields)
     )
+
+
+def _check_layerwise(config: StudyConfig) -> None:
+    """Refuse limits that leave too few items to measure single layers on."""
+    for task in config.tasks if config.search is not None and config.search.layerwise else ():
+        if task.limit is not None and task.limit < FEWEST_LAYERWISE_ITEMS:
+            raise UserError(
+                f"search.layerwise measures each layer alone on {FEWEST_LAYERWISE_ITEMS} items or more, and"
+                f" {task.name or task.text} is limited to {task.limit}",
+                f"give it a limit of {FEWEST_LAYERWISE_ITEMS} or more, or leave layerwise out",
+            )
 
 
 def _check_names(config: StudyConfig) -> None:

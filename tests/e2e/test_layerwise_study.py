@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import load
+from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.engines import runner
 from dllm_sparsity.study.models import make_rule, resolve
 
@@ -156,8 +157,20 @@ def test_models_with_tables_of_their_own_share_a_label(of_all_kinds):
     }
 
 
-def test_few_items_are_refused_in_words(study, tmp_path):
-    few = {**study, "tasks": [{"name": "heldout_text", "limit": 10}]}
+def test_few_items_are_refused_before_anything_runs(study, tmp_path):
+    few = {**study, "tasks": [{"name": "heldout_text", "limit": 8}]}
+    with pytest.raises(
+        UserError, match="each layer alone on 16 items or more, and heldout_text is limited to 8"
+    ) as told:
+        compare(few, tmp_path / "run")
+    assert "leave layerwise out" in told.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_budget_that_is_too_small_is_told_with_the_one_that_is_not(study, tmp_path):
+    few = {**study, "tasks": [{"name": "heldout_text", "limit": 40}]}
+    few["search"] = {"quality": "nll", "width": 0.5, "budget": 300, "layerwise": True, "layerwise_items": 32}
     found = compare(few, tmp_path / "run")
-    assert "fewer than 16 items" in searched(found)[0]["allocation"]["reason"]
+    reason = searched(found)[0]["allocation"]["reason"]
+    assert "items for each layer, and 16 are the fewest: raise it to" in reason
     assert any("no strengths by layer" in words for words in found.summary["findings"])

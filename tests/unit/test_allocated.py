@@ -150,11 +150,12 @@ def test_two_searches_without_shared_points_are_not_paired():
 
 
 def test_items_that_chose_and_judged_are_counted():
-    assert overlap_words(128, 1000, 872)[0] == 0
-    assert overlap_words(128, 1000, 900)[0] == 28
-    shared, words = overlap_words(128, 300, 300)
+    assert overlap_words(128, 1000, 872, gained=True)[0] == 0
+    assert overlap_words(128, 1000, 900, gained=True)[0] == 28
+    shared, words = overlap_words(128, 300, 300, gained=True)
     assert shared == 128
     assert "may look larger" in words
+    assert overlap_words(128, 300, 300, gained=False) == (128, words.partition(":")[0])  # nothing to look larger
 
 
 def test_strengths_are_looked_up_and_never_dense():
