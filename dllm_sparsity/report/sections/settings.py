@@ -14,6 +14,7 @@ from dllm_sparsity.report.section import Section
 
 LONGEST_VALUE = 600
 LONGEST_PARAMETERS = 160
+LONGEST_LIST = 40
 
 
 class Settings(Section):
@@ -70,9 +71,14 @@ def _rule(cell: dict[str, Any]) -> str:
 
 
 def _cut(parameters: dict[str, Any]) -> str:
-    """Return a rule's parameters, short of tables that would fill the page; cell.json has them whole."""
-    told = json.dumps(parameters, sort_keys=True)
+    """Return a rule's parameters; of tables that would fill the page only the size, for cell.json has them whole."""
+    short = {name: _rows(own) if isinstance(own, list) else own for name, own in parameters.items()}
+    told = json.dumps(short, sort_keys=True)
     return told if len(told) <= LONGEST_PARAMETERS else told[:LONGEST_PARAMETERS] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _rows(values: list[Any]) -> Any:
+    return values if len(json.dumps(values)) <= LONGEST_LIST else f"{len(values)} rows"
 
 
 def _speed(speeds: list[dict[str, Any]]) -> Table:
