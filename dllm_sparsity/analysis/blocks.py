@@ -48,11 +48,7 @@ def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
         answers: What search.json holds of each curve and retention.
     """
     whole = [cell for cell in cells if not is_block(cell)]
-    grouped: dict[str, list[Cell]] = {}
-    for cell in cells:
-        if is_block(cell):
-            grouped.setdefault(_setting(cell), []).append(cell)
-    found = [_join(group) for group in grouped.values()]
+    found = blocks_of(cells)
     dense = {_place(cell) for cell in whole if cell.record["dense"] and not cell.record.get("replicate")}
     needed = {_curve(answer): answer["items"] for answer in sorted(answers, key=lambda own: -own["items"])}
     most: dict[str, int] = {}
@@ -67,6 +63,19 @@ def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
         elif enough:
             whole.append(cell)
     return [_with_answers(cell, answers) for cell in whole]
+
+
+def blocks_of(cells: Sequence[Cell]) -> list[JoinedCell]:
+    """Return the blocks of each setting as one cell, as far as they follow each other.
+
+    Args:
+        cells: Sealed cells; what is no block is passed over.
+    """
+    grouped: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if is_block(cell):
+            grouped.setdefault(_setting(cell), []).append(cell)
+    return [_join(group) for group in grouped.values()]
 
 
 def is_block(cell: Cell) -> bool:
@@ -87,15 +96,14 @@ def is_probe(cell: Cell) -> bool:
     return isinstance(cell.record.get("parts"), dict) and cell.record["parts"].get("probe") is True
 
 
-def answers_of(cell: Cell, rule: CellRecord, quality: str) -> list[Answer]:
-    """Return what was searched on a curve.
+def answers_of(cell: Cell, rule: CellRecord) -> list[Answer]:
+    """Return what was searched on a curve, on whichever quality.
 
     Args:
         cell: Its dense cell.
         rule: Record of one of its other cells.
-        quality: Name of the quality.
     """
-    return [own for own in cell.searches if _curve(own) == _curve(rule) and own["quality"] == quality]
+    return [own for own in cell.searches if _curve(own) == _curve(rule)]
 
 
 def _join(blocks: list[Cell]) -> JoinedCell:

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from dllm_sparsity.analysis import critical
-from dllm_sparsity.analysis.blocks import answers_of, is_block
 from dllm_sparsity.analysis.flops import ffn_flops_saved
 from dllm_sparsity.analysis.grouping import Group, groups_of
 from dllm_sparsity.analysis.loading import Cell
@@ -241,12 +240,10 @@ def _searched(
     readings: list[Reading], group: Group, quality: Quality, reason: str | None, draws: int, seed: int
 ) -> list[Reading]:
     """Put a search's answer in the place of the interpolated reading; a search measures too few points for others."""
-    if not group.cells:
-        return readings
-    answers = {own["retention"]: own for own in answers_of(group.dense, group.cells[0].record, quality["name"])}
-    if all(is_block(cell) for cell in group.cells):
-        why = "a search looks at its own quality and retentions alone"
-        readings = [replace(own, value=None, interval=None, censored=False, reason=reason or why) for own in readings]
+    answers = {own["retention"]: own for own in group.answers if own["quality"] == quality["name"]}
+    if group.is_searched:
+        nothing = {"value": None, "interval": None, "censored": False}
+        readings = [replace(own, **nothing, reason=reason or _unsearched(own, group, quality)) for own in readings]
     kept = [own for own in readings if own.reading != critical.DEFAULT_READING or own.retention not in answers]
     rng = np.random.default_rng(seed)
     for retention, own in answers.items():
@@ -259,6 +256,17 @@ def _searched(
         censored = bool(own["censored"]) and value is not None
         kept.append(Reading(critical.DEFAULT_READING, retention, value, interval, censored, why, drawn))
     return kept
+
+
+def _unsearched(reading: Reading, group: Group, quality: Quality) -> str:
+    """Return why a reading of a curve that was only searched has no value."""
+    if not group.answers:
+        return "its search is not finished: dllm-sparsity compare goes on with it"
+    if all(own["quality"] != quality["name"] for own in group.answers):
+        return f"the search was on {group.headline}"
+    if reading.reading != critical.DEFAULT_READING:
+        return "a search measures too few points for this reading"
+    return "the search was not for this retention"
 
 
 def _readings(

@@ -18,7 +18,7 @@ def findings(curves: Sequence[Curve], pairs: Sequence[Comparison], retention: fl
         pairs: Their comparisons.
         retention: Share of the dense quality.
     """
-    headline = [curve for curve in curves if curve.quality["name"] == curve.group.qualities[0]["name"]]
+    headline = [curve for curve in curves if curve.quality["name"] == curve.group.headline]
     sentences, told = [], set()
     for pair in pairs:
         if pair.retention != retention or pair.diffusion not in headline or pair.autoregressive not in headline:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dllm_sparsity.analysis.blocks import Answer, answers_of, is_block
 from dllm_sparsity.analysis.loading import Cell
 from dllm_sparsity.study.records import Quality
 
@@ -31,6 +32,22 @@ class Group:
         """Return the quality measures that every cell of the curve has, the headline first."""
         shared = [{quality["name"] for quality in cell.record["qualities"]} for cell in self.cells]
         return [quality for quality in self.dense.record["qualities"] if all(quality["name"] in own for own in shared)]
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Return what was searched on the curve, as search.json has it."""
+        return answers_of(self.dense, self.cells[0].record) if self.cells else []
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether a search measured it and no strength was given: then only the search's own answer can be read."""
+        return bool(self.cells) and all(is_block(cell) for cell in self.cells)
+
+    @property
+    def headline(self) -> str:
+        """Return the name of the quality that is told first: that of the search, else the task's first."""
+        asked = [own["quality"] for own in self.answers] if self.is_searched else []
+        return next(iter([*asked, *(quality["name"] for quality in self.qualities)]), "")
 
 
 def groups_of(cells: Sequence[Cell]) -> tuple[list[Group], list[str]]:

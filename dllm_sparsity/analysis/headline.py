@@ -10,45 +10,51 @@ _NAMES = ("task", "site", "rule", "paradigm", "model", "quality", "kind", "items
 def headline(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row per task, site, rule, model and retention asked for, the two paradigms next to each other.
 
-    The quality is the task's first; where dense accuracy cannot be told from chance, its likelihood stands in.
+    The quality is that of the search, else the task's first; where it has no critical sparsity, because dense accuracy
+    cannot be told from chance, its likelihood stands in if that has one.
 
     Args:
         summary: What `summary(run)` returned.
 
     Returns:
         Rows with `task, site, rule, paradigm, model, quality, kind, items, dense, dense_interval, retention, critical,
-        interval, censored, reason, tokens_per_forward`.
+        interval, censored, reason, stands_in_for, tokens_per_forward`; the reason is that of the quality that another
+        one stands in for.
     """
     rows = []
     for curve in summary["curves"]:
         if not curve["headline"]:
             continue
-        first = reading_of(curve, summary["default_reading"], summary["default_retention"])
-        if first["reason"]:
-            curve = _stand_in(summary, curve)
-        for retention in summary.get("retentions_asked", [summary["default_retention"]]):
-            reading = reading_of(curve, summary["default_reading"], retention)
+        asked = summary.get("retentions_asked", [summary["default_retention"]])
+        shown = _stand_in(summary, curve, asked)
+        for retention in asked:
+            reading = reading_of(shown, summary["default_reading"], retention)
             rows.append(
-                {name: curve[name] for name in _NAMES}
+                {name: shown[name] for name in _NAMES}
                 | {
-                    "dense": curve["dense"]["value"],
-                    "dense_interval": curve["dense"]["interval"],
+                    "dense": shown["dense"]["value"],
+                    "dense_interval": shown["dense"]["interval"],
                     "retention": retention,
                     "critical": reading["value"],
                     "interval": reading["interval"],
                     "censored": reading["censored"],
-                    "reason": first["reason"],
-                    "tokens_per_forward": curve["tokens_per_forward"],
+                    "reason": reading_of(curve, summary["default_reading"], retention)["reason"],
+                    "stands_in_for": None if shown is curve else curve["quality"],
+                    "tokens_per_forward": shown["tokens_per_forward"],
                 }
             )
     return sorted(rows, key=lambda row: [row[name] for name in ("task", "site", "rule", "paradigm", "model")])
 
 
-def _stand_in(summary: dict[str, Any], curve: dict[str, Any]) -> dict[str, Any]:
-    """Return the likelihood curve of the same cells, or the curve itself where there is none."""
+def _stand_in(summary: dict[str, Any], curve: dict[str, Any], retentions: list[float]) -> dict[str, Any]:
+    """Return the likelihood curve of the same cells where that has an answer and the curve has none."""
+
+    def has_answer(own: dict[str, Any]) -> bool:
+        return any(reading_of(own, summary["default_reading"], each)["value"] is not None for each in retentions)
+
     same = ("task", "site", "rule", "paradigm", "model")
     others = (own for own in summary["curves"] if own["kind"] == "nll" and all(own[n] == curve[n] for n in same))
-    return next(others, curve)
+    return curve if has_answer(curve) else next((own for own in others if has_answer(own)), curve)
 
 
 def reading_of(curve: dict[str, Any], reading: str, retention: float) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def join(runs: Sequence[Run], path: Path) -> Run:
         cells=tuple(sorted(kept.values(), key=_order)),
         unsealed=sum(run.unsealed for run in runs),
         damaged=tuple(f"{run.name}, {each}" for run in runs for each in run.damaged),
+        unfounded=tuple(f"{run.name}, {each}" for run in runs for each in run.unfounded),
         config="\n".join(f"# {run.name}\n{run.config.strip()}\n" for run in runs),
         environment=first.environment,
     )

@@ -77,6 +77,7 @@ class Run:
         plan: What plan.json holds, or None.
         environment: What environment.json holds, or None.
         search: What search.json holds, or None.
+        unfounded: Its answers that are left out, for their cells are damaged or not there, each in words.
     """
 
     path: Path
@@ -87,6 +88,7 @@ class Run:
     plan: Any = None
     environment: Any = field(default=None)
     search: Any = None
+    unfounded: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -123,8 +125,9 @@ def load(run_dir: str | Path) -> Run:
             "run dllm-sparsity compare again: it computes damaged cells anew",
         )
     from dllm_sparsity.analysis.blocks import is_probe, joined
+    from dllm_sparsity.analysis.standing import standing
 
-    search = _maybe_json(path / "search.json")
+    search, unfounded = standing(_maybe_json(path / "search.json"), found)
     answers = search.get("curves", []) if isinstance(search, dict) else []
     cells = sorted(joined([cell for cell in found if not is_probe(cell)], answers), key=_order)
     return Run(
@@ -136,6 +139,7 @@ def load(run_dir: str | Path) -> Run:
         plan=plan,
         environment=_maybe_json(path / "environment.json"),
         search=search,
+        unfounded=unfounded,
     )
 
 

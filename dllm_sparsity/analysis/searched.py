@@ -22,6 +22,10 @@ from dllm_sparsity.study.records import Quality
 
 _SAME = ("paradigm", "model", "rule", "rule_parameters", "layers", "site", "kind", "retention")
 
+_PLACED = ("task", "site", "paradigm", "model")
+_TOLD = (*_PLACED, "rule", "quality", "retention", "items", "items_available")
+_STOPS: dict[str, str] = {"width": "width of {:g} reached", "items": "all items used", "budget": "budget spent"}
+
 
 class SearchedCurve:
     """One model, task, rule and site while it is searched.
@@ -136,6 +140,37 @@ def averages(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         _average(own) for own in grouped.values() if len(own) > 1 and all(each["value"] is not None for each in own)
     ]
+
+
+def ends(search: Any) -> list[dict[str, Any]]:
+    """Return how each search ended, in the order of the main table.
+
+    Args:
+        search: What search.json holds, or None.
+
+    Returns:
+        Rows with `task, site, rule, paradigm, model, quality, retention, ended, evaluations, items, items_available`;
+        evaluations is text: those of layers measured alone are told beside those of the search.
+    """
+    answers = search.get("curves", []) if isinstance(search, dict) else []
+    alone = {
+        repr(_along(own)): own["allocation"]["evaluations"]["layers_alone"]
+        for own in answers
+        if "evaluations" in own.get("allocation", {})
+    }
+    rows = []
+    for own in answers:
+        more = alone.get(repr([*(own[name] for name in _PLACED), own["rule_parameters"], own["retention"]]))
+        spent = f"{own['evaluations']:,}" + (f" + {more:,} by layer" if more else "")
+        ended = _STOPS.get(own["stopped"], str(own["stopped"])).format(100 * own["width"])
+        named = {name: own[name] for name in _TOLD}
+        rows.append({**named, "ended": ended, "evaluations": spent})
+    return sorted(rows, key=lambda row: [row[name] for name in ("task", "site", "rule", "paradigm", "model")])
+
+
+def _along(uniform: dict[str, Any]) -> list[Any]:
+    """Return what tells the search along an allocation from all others."""
+    return [*(uniform[name] for name in _PLACED), uniform["allocation"]["rule"]["parameters"], uniform["retention"]]
 
 
 def _average(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

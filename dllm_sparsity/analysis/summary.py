@@ -19,7 +19,7 @@ from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
 from dllm_sparsity.analysis.verdicts import Judged, Verdict, judge
 
 SUMMARY_VERSION = 1
-_DAMAGED_TOLD = 20
+_DAMAGED_TOLD, _UNFOUNDED_TOLD = 20, 3
 
 
 def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _curve(curve: Curve, judged: Judged) -> dict[str, Any]:
         "quality": curve.quality["name"],
         "kind": curve.quality["kind"],
         "chance": curve.quality["chance"],
-        "headline": curve.quality["name"] == curve.group.qualities[0]["name"],
+        "headline": curve.quality["name"] == curve.group.headline,
         "higher_is_better": curve.scale.sign > 0,
         "items": len(curve.keys),
         "dense": {"value": dense.quality, "interval": dense.quality_interval},
@@ -203,7 +203,15 @@ def _counts(run: Run) -> dict[str, Any]:
 
 def _notes(run: Run) -> list[str]:
     records: Sequence[Any] = [cell.record for cell in run.cells]
-    notes = [f"left out, and computed again by dllm-sparsity compare: {each}" for each in run.damaged[:_DAMAGED_TOLD]]
+    notes = []
+    if run.unfounded:
+        more = f"; and {len(run.unfounded) - _UNFOUNDED_TOLD} more" if len(run.unfounded) > _UNFOUNDED_TOLD else ""
+        notes.append(
+            "left out, for cells that they rest on are damaged or missing, and made again by dllm-sparsity compare: "
+            + "; ".join(run.unfounded[:_UNFOUNDED_TOLD])
+            + more
+        )
+    notes += [f"left out, and computed again by dllm-sparsity compare: {each}" for each in run.damaged[:_DAMAGED_TOLD]]
     if len(run.damaged) > _DAMAGED_TOLD:
         notes.append(f"{len(run.damaged) - _DAMAGED_TOLD} more cells are damaged and left out")
     if any(record["simulated"] for record in records if not record["dense"]):

@@ -12,6 +12,7 @@ from rich.text import Text
 from dllm_sparsity.analysis.amounts import amounts
 from dllm_sparsity.analysis.findings import allocation_findings, first_worse
 from dllm_sparsity.analysis.headline import headline
+from dllm_sparsity.analysis.searched import ends
 from dllm_sparsity.report import words
 
 _SHORT = {"autoregressive": "AR", "diffusion": "diffusion"}
@@ -67,7 +68,7 @@ def render(summary: dict[str, Any]) -> Group:
     )
     reasons = dict.fromkeys(
         f"{row['task']}, {_SHORT.get(row['paradigm'], row['paradigm'])}: {row['reason']}"
-        + (": shown by NLL" if row["kind"] == "nll" else "")
+        + (": shown by NLL" if row["stands_in_for"] else "")
         for row in rows
         if row["reason"]
     )
@@ -81,10 +82,32 @@ def render(summary: dict[str, Any]) -> Group:
         table,
         Padding(_text(explained), (1, 0, 1, 0)),
         *layerwise,
+        *_ends(summary, several_rules),
         against,
         Padding(_text(_AGAINST), (1, 0, 0, 0)),
         *notes,
     )
+
+
+def _ends(summary: dict[str, Any], several_rules: bool) -> list[Padding]:
+    """Return why each search stopped and what it took; nothing where there was none."""
+    rows = ends(summary.get("search"))
+    several = len({row["retention"] for row in rows}) > 1
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", expand=False)
+    table.add_column("search", max_width=25, overflow="fold")
+    table.add_column("", max_width=9, overflow="fold")
+    table.add_column("ended by", max_width=28, overflow="fold")
+    table.add_column("evaluations", justify="right", max_width=22, overflow="fold")
+    task = None
+    for row in rows:
+        if row["task"] != task:
+            table.add_row(_text(row["task"], style="bold"))
+            task = row["task"]
+        at = f"{100 * row['retention']:g} %: " if several else ""
+        shown = "  " + ", ".join([row["site"], *([row["rule"]] if several_rules else [])])
+        told = (shown, str(_SHORT.get(row["paradigm"], row["paradigm"])), at + row["ended"], row["evaluations"])
+        table.add_row(*map(_text, told))
+    return [Padding(table, (0, 0, 1, 0))] if rows else []
 
 
 def _against_dense(summary: dict[str, Any], rows: list[dict[str, Any]], several_rules: bool) -> Table:

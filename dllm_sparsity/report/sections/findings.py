@@ -9,6 +9,7 @@ from markupsafe import Markup
 from dllm_sparsity.analysis.critical import DEFAULT_READING, READINGS
 from dllm_sparsity.analysis.findings import first_worse
 from dllm_sparsity.analysis.headline import reading_of
+from dllm_sparsity.analysis.searched import ends
 from dllm_sparsity.report import words
 from dllm_sparsity.report.data import ReportData
 from dllm_sparsity.report.figures import dot_chart, plain
@@ -43,16 +44,18 @@ class Findings(Section):
             found=found,
             panel=panel.html() if panel else "",
             table=_table(curves, found["retentions_asked"]),
+            ends=_ends(found),
             against=_against_dense(curves),
             share=" or ".join(f"{100 * own:g} %" for own in found["retentions_asked"]),
             reasons=sorted(
-                {f"{curve['task']}, {curve['model']}: {reason}" for curve in curves if (reason := _why(curve))}
+                {f"{curve['task']}, {curve['model']}: {reason}" for curve in curves for reason in _why(found, curve)}
             ),
         )
 
 
-def _why(curve: dict[str, Any]) -> str | None:
-    return curve["critical"][0]["reason"]
+def _why(found: dict[str, Any], curve: dict[str, Any]) -> list[str]:
+    readings = (reading_of(curve, DEFAULT_READING, retention) for retention in found["retentions_asked"])
+    return [reading["reason"] for reading in readings if reading["reason"]]
 
 
 def _dots(curves: list[dict[str, Any]], retention: float) -> Chart | None:
@@ -121,6 +124,22 @@ def _table(curves: list[dict[str, Any]], retentions: list[float]) -> Table:
     told = ["kept"] if len(retentions) > 1 else []
     columns = ["task", "site", "paradigm", "rule", *told, "dense quality", "n", "tokens per forward"]
     return Table([*columns, *(name.replace("_", " ") for name in order)], rows, 4 + len(told))
+
+
+def _ends(found: dict[str, Any]) -> Table | None:
+    """Return why each search stopped, and what it took."""
+    rows = [
+        [
+            *(row["task"], row["site"], f"{row['paradigm']} ({row['model']})", row["rule"], row["quality"]),
+            f"{100 * row['retention']:g} %",
+            row["ended"],
+            row["evaluations"],
+            f"{row['items']:,} of {row['items_available']:,}",
+        ]
+        for row in ends(found.get("search"))
+    ]
+    columns = ["task", "site", "paradigm", "rule", "measure", "kept", "ended by", "evaluations", "items"]
+    return Table(columns, rows, 7) if rows else None
 
 
 def _against_dense(curves: list[dict[str, Any]]) -> Table:
