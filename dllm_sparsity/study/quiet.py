@@ -11,7 +11,7 @@ from typing import IO
 
 from dllm_sparsity.study.rundir import writing
 
-_NOISY = ("dllm_sparsity", "lm_eval", "transformers", "datasets", "huggingface_hub", "httpx")
+_NOISY = ("dllm_sparsity", "lm_eval", "transformers", "datasets", "huggingface_hub", "httpx", "submitit")
 
 
 @contextlib.contextmanager

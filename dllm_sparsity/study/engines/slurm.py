@@ -113,6 +113,7 @@ def run(
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"the jobs were not taken: {why}", "look at the --engine-option values") from error
+    _watch(jobs, rundir.log)
     try:
         while not all([job.done() for job in jobs]):
             told(sum(job.done() for job in jobs), len(jobs))
@@ -128,6 +129,24 @@ def run(
             f"{len(failed)} of {len(jobs)} jobs failed: {failed[0]}",
             f"their logs are in {rundir.path / 'slurm'}; the same command goes on with what is left",
         )
+
+
+def _watch(jobs: list[Any], log: Path) -> None:
+    """Send what sacct says of itself to the log: without accounting, it says so at every look."""
+    from submitit.slurm.slurm import SlurmInfoWatcher
+
+    class Watcher(SlurmInfoWatcher):
+        """Looks at all jobs at once."""
+
+        def _make_command(self) -> list[str] | None:
+            command = super()._make_command()
+            return command and ["sh", "-c", 'exec "$@" 2>>"$0"', str(log.resolve()), *command]
+
+    watcher = Watcher(delay_s=600)
+    for job in jobs:
+        if isinstance(job.watcher, SlurmInfoWatcher):  # another cluster asks no sacct
+            job.watcher = watcher
+            watcher.register_job(job.job_id)
 
 
 def cells_of_parts(rundir: RunDir) -> list[Path]:
