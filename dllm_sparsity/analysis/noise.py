@@ -17,6 +17,9 @@ from dllm_sparsity.analysis.statistics import DRAWS, SEED
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.records import Quality
 
+_ONE_BATCH = "is one batch: run again it is the same batch"
+"""How the note ends that a sealed cell of one batch has."""
+
 
 @dataclass(frozen=True)
 class NoiseFloor:
@@ -84,6 +87,15 @@ def replicates_of(dense: Cell, cells: Sequence[Cell]) -> tuple[list[Cell], list[
         else:
             found.append(cell)
     return found, notes
+
+
+def is_one_batch(cell: Cell) -> bool:
+    """Tell whether a further run had one batch alone, so that no order of batches could change it.
+
+    Args:
+        cell: A further run of a dense cell.
+    """
+    return any(str(note).endswith(_ONE_BATCH) for note in cell.record["notes"])
 
 
 def _parts(cell: Cell) -> dict[str, Any]:

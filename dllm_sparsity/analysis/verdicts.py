@@ -12,7 +12,7 @@ from dllm_sparsity.analysis.amounts import amount, amounts, unit
 from dllm_sparsity.analysis.curves import Curve
 from dllm_sparsity.analysis.grouping import Group
 from dllm_sparsity.analysis.loading import Cell
-from dllm_sparsity.analysis.noise import NoiseFloor, floors_of, replicates_of
+from dllm_sparsity.analysis.noise import NoiseFloor, floors_of, is_one_batch, replicates_of
 from dllm_sparsity.analysis.paired import PairedTest, paired_tests
 from dllm_sparsity.analysis.pairing import Paired, item_groups, pair
 from dllm_sparsity.analysis.qualities import SCALES, pairs
@@ -91,7 +91,7 @@ def judge(
         notes += told
         noise = floors_of(curve.group.dense, replicates, curve.quality, draws, seed)
         if noise:
-            notes.append(_noise_note(curve, noise))
+            notes.append(_noise_note(curve, noise, all(map(is_one_batch, replicates))))
         found = [
             None if test is None else _verdict(curve, test, *corrected.get(id(test), (None, 0)), noise) for test in own
         ]
@@ -128,13 +128,14 @@ def _group_notes(dense: Cell, count: int) -> list[str]:
     return notes
 
 
-def _noise_note(curve: Curve, noise: NoiseFloor) -> str:
+def _noise_note(curve: Curve, noise: NoiseFloor, one_batch: bool) -> str:
     record, kind = curve.group.dense.record, curve.quality["kind"]
     size = amount(noise.floor, kind) if noise.floor >= _SMALLEST_TOLD else f"{noise.floor:.1g}{unit(kind)}"
     name = curve.quality["name"]
     moved = f"moves {name} by up to {size}" if noise.changed else f"does not move {name}"
+    how = "in the same batch, its only one," if one_batch else "in another batch order"
     return (
-        f"dense run again in another batch order {moved} on {record['task']}, {record['model']}"
+        f"dense run again {how} {moved} on {record['task']}, {record['model']}"
         f" ({noise.changed} of {noise.items} items change)"
     )
 

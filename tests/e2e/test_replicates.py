@@ -91,7 +91,10 @@ def test_one_batch_is_told_of(tmp_path):
     study["models"] = [{**study["models"][0], "batch_size": 100}]
     study["tasks"] = study["tasks"][:1]
     result = compare(study, tmp_path / "run")
-    assert "easy_endings on autoregressive is one batch: run again it is the same batch" in result.summary["notes"]
+    notes = result.summary["notes"]
+    assert "easy_endings on autoregressive is one batch: run again it is the same batch" in notes
+    assert any("dense run again in the same batch, its only one, does not move acc on easy_endings" in n for n in notes)
+    assert not any("in another batch order" in note for note in notes)
 
 
 @pytest.mark.parametrize("name", ["ar", "dm"])
