@@ -21,6 +21,7 @@ from dllm_sparsity.study.offline import is_offline
 TRACKERS = ["trackio", "wandb"]
 PROJECT = "dllm-sparsity"
 _PATIENCE_SECONDS = 30.0
+_KEPT = "tracked.json"
 _SENDS = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
@@ -61,7 +62,8 @@ class Tracking:
         self._study, self._path, self._progress, self._numbers = study, path, progress, numbers
         self._named, self._tracker = tracker, None if isinstance(tracker, str) else tracker
         self._told: set[str] = set()
-        self._begun, self._last, self._failure = False, 0.0, ""
+        self._before: dict[str, Any] = {"cells": [], "study": None}
+        self._begun, self._last, self._said = False, 0.0, ""
         if isinstance(tracker, str):
             check_tracker(tracker)
 
@@ -74,9 +76,11 @@ class Tracking:
         self._say()
 
     def start(self, total: float, done: float) -> None:
-        """Begin; cells that an earlier run sealed are told first, so that the tracker has the whole study."""
-        if isinstance(self._named, str):
-            self._safely(self._open)
+        """Begin; cells that an earlier run sealed are told first, so that the tracker has the whole study.
+
+        A package that was told of the whole study before is opened when there is something new.
+        """
+        self._before = self._read_before()
         self._begun = True
         self._tell()
         self._progress.start(total, done)
@@ -103,8 +107,29 @@ class Tracking:
         Args:
             numbers: By name.
         """
+        found = dict(numbers)
+        if isinstance(self._named, str) and self._tracker is None:
+            if found == self._before["study"]:
+                self._said = f"{self._named} was told of this study before; without {self._path / _KEPT} it is again"
+                return
+            self._safely(self._tell_sealed, True)
         if self._tracker is not None:
-            self._safely(self._tracker.log, dict(numbers))
+            self._safely(self._tracker.log, found)
+        if self._tracker is not None and isinstance(self._named, str):
+            self._safely(self._keep, found)
+
+    def _read_before(self) -> dict[str, Any]:
+        """Return which cells and what of the study the package was told before."""
+        try:
+            kept = json.loads((self._path / _KEPT).read_bytes())[self._named]
+            return {"cells": list(kept["cells"]), "study": dict(kept["study"])}
+        except (OSError, ValueError, LookupError, TypeError):
+            return {"cells": [], "study": None}
+
+    def _keep(self, numbers: dict[str, float]) -> None:
+        """Write down what the package was told; half of a file is read as none."""
+        told = {self._named: {"cells": sorted(self._told), "study": numbers}}
+        (self._path / _KEPT).write_text(json.dumps(told, indent=1), encoding="utf-8")
 
     def _open(self) -> None:
         package = import_module(str(self._named))
@@ -122,27 +147,30 @@ class Tracking:
 
     def _tell(self, aloud: bool = True) -> None:
         self._last = time.monotonic()
-        if self._begun and self._tracker is not None:
+        if self._begun and self._named is not None:
             self._safely(self._tell_sealed)
         if aloud:
             self._say()
 
     def _say(self) -> None:
-        """Warn of a failure, where warnings are not sent to the log."""
-        if self._failure:
-            logging.getLogger(__name__).warning("%s", self._failure)
-            self._failure = ""
+        """Warn, where warnings are not sent to the log."""
+        if self._said:
+            logging.getLogger(__name__).warning("%s", self._said)
+            self._said = ""
 
-    def _tell_sealed(self) -> None:
+    def _tell_sealed(self, again: bool = False) -> None:
+        """Tell of sealed cells that were not told of; a package that has them all is not opened for them again."""
         try:
             plan = json.loads((self._path / "plan.json").read_bytes())
         except (OSError, ValueError):
             return
-        for name in (entry["fingerprint"] for entry in plan):
-            folder = self._path / "cells" / name
-            if name not in self._told and (folder / "DONE").is_file() and self._tracker is not None:
-                self._told.add(name)
-                self._tracker.log(dict(self._numbers(folder)))
+        planned = (self._path / "cells" / entry["fingerprint"] for entry in plan)
+        sealed = [folder for folder in planned if folder.name not in self._told and (folder / "DONE").is_file()]
+        if self._tracker is None and (again or not {folder.name for folder in sealed} <= set(self._before["cells"])):
+            self._open()
+        for folder in sealed if self._tracker is not None else ():
+            self._told.add(folder.name)
+            self._tracker.log(dict(self._numbers(folder)))
 
     def _safely(self, call: Callable[..., Any], *arguments: Any) -> None:
         try:
@@ -152,7 +180,7 @@ class Tracking:
             who = self._named if isinstance(self._named, str) else type(self._tracker).__name__
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             self._named = self._tracker = None
-            self._failure = f"{who} failed, the study goes on without it: {said}"
+            self._said = f"{who} failed, the study goes on without it: {said}"
 
 
 def check_tracker(name: str) -> None:

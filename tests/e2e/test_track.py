@@ -133,6 +133,40 @@ def test_offline_trackio_must_not_send(small, tmp_path, monkeypatch):
     assert error.value.hint == "unset TRACKIO_SPACE_ID"
 
 
+def test_a_package_that_was_told_all_is_not_opened_again(small, told, tmp_path, monkeypatch, caplog):
+    """The package is a stand-in, for trackio need not be installed: what it is asked to do is what is looked at."""
+    import shutil
+    from types import SimpleNamespace
+
+    calls = []
+    fake = SimpleNamespace(
+        init=lambda **_: calls.append("init"), log=lambda numbers: calls.append("log"), finish=lambda: calls.append("x")
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setattr("dllm_sparsity.study.track.find_spec", lambda name: name)
+    path = shutil.copytree(told[1].path, tmp_path / "run")
+    compare(small, path, track="trackio")  # finished, but the package was never told
+    assert calls == ["init", *["log"] * 7, "x"]
+    calls.clear()
+    with caplog.at_level(logging.WARNING):
+        compare(small, path, track="trackio")
+    assert calls == []
+    assert any("trackio was told of this study before" in message for message in caplog.messages)
+    more = {**small, "rules": [{"name": "top_p", "strengths": [0.9, 0.5, 0.7], "sites": ["input"]}]}
+    compare(more, path, track="trackio")
+    assert calls == ["init", *["log"] * 9, "x"]
+    calls.clear()
+    kept = json.loads((path / "tracked.json").read_text())
+    kept["trackio"]["study"]["other"] = 1.0
+    (path / "tracked.json").write_text(json.dumps(kept))
+    compare(more, path, track="trackio")  # no new cell, but other findings
+    assert calls == ["init", *["log"] * 9, "x"]
+    calls.clear()
+    (path / "tracked.json").write_text("{")
+    compare(more, path, track="trackio")
+    assert calls == ["init", *["log"] * 9, "x"]
+
+
 def on_command_line(small, tmp_path, name, environment):
     import yaml
 
@@ -161,7 +195,8 @@ def environment(tmp_path):
 
 def test_trackio_keeps_the_study(small, told, tmp_path, environment):
     pytest.importorskip("trackio", reason="trackio is not installed")
-    on_command_line(small, tmp_path, "trackio", {**environment, "TRACKIO_DIR": str(tmp_path / "kept")})
+    for _ in range(2):  # finished, it is not told again
+        on_command_line(small, tmp_path, "trackio", {**environment, "TRACKIO_DIR": str(tmp_path / "kept")})
     (database,) = (tmp_path / "kept").glob("dllm-sparsity*.db")
     with sqlite3.connect(database) as connection:
         rows = [json.loads(text) for (text,) in connection.execute("select metrics from metrics order by id")]
