@@ -168,9 +168,10 @@ class Tracking:
         sealed = [folder for folder in planned if folder.name not in self._told and (folder / "DONE").is_file()]
         if self._tracker is None and (again or not {folder.name for folder in sealed} <= set(self._before["cells"])):
             self._open()
-        for folder in sealed if self._tracker is not None else ():
-            self._told.add(folder.name)
-            self._tracker.log(dict(self._numbers(folder)))
+        if self._tracker is not None:
+            for folder in sealed:
+                self._told.add(folder.name)
+                self._tracker.log(dict(self._numbers(folder)))
 
     def _safely(self, call: Callable[..., Any], *arguments: Any) -> None:
         try:
