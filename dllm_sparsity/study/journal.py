@@ -51,7 +51,7 @@ class CellJournal:
     def __init__(self, path: Path, fingerprint: str, source: Source) -> None:
         self._source, self._sums = source, Sums()
         self.batches, self.replayed, self.replayed_seconds = 0, 0, 0.0
-        self._notes: dict[str, None] = {}
+        self._notes: set[str] = set()
         self._file = RecordFile(path)
         try:
             owner = json.dumps({"fingerprint": fingerprint}).encode()  # record 0 says whose journal it is
@@ -136,7 +136,7 @@ class CellJournal:
     def _count(self, counted: Counted) -> None:
         self.batches += counted.answer is not None
         self._sums.add(counted.steps, counted.per_item)
-        self._notes |= dict.fromkeys(counted.notes)
+        self._notes |= set(counted.notes)
         _tell(self._source.clock, counted.notes, counted.overlap_refused)
 
     def finish(self) -> tuple[pa.Table, PerItem, tuple[str, ...]]:
@@ -148,7 +148,8 @@ class CellJournal:
         rest = self._source.rest()
         if rest is not None:
             self._count(rest)
-        return self._sums.steps(), self._sums.per_item, tuple(self._notes)
+        # sorted, for workers answer in any order
+        return self._sums.steps(), self._sums.per_item, tuple(sorted(self._notes))
 
     def close(self) -> None:
         """Close the file; it stays until the cell is sealed."""

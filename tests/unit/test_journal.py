@@ -17,7 +17,7 @@ from dllm_sparsity.sparsity.rules.top_p import TopP
 from dllm_sparsity.sparsity.sparsifier import sparsify
 from dllm_sparsity.study import journal as journal_module
 from dllm_sparsity.study.collect import step_table
-from dllm_sparsity.study.counted import Here
+from dllm_sparsity.study.counted import Counted, Here
 from dllm_sparsity.study.journal import CellJournal, Sums
 from dllm_sparsity.study.recordfile import RecordFile
 
@@ -300,6 +300,35 @@ def test_a_journal_brings_the_clock_back(model, tmp_path):
         assert journal.finish()[2][-1] == "why"
         journal.close()
     assert journal.replayed == 1
+
+
+def test_notes_do_not_tell_who_was_faster(model, tmp_path):
+    """Workers of a pool each note what they see, and answer in any order."""
+    clock = Clock()
+    with sparsify(model, TopP(0.7), "all", clock=clock) as tracker:
+        forwards(model, clock, *BATCHES[0], 0)
+        taken = tracker.take()
+    answered = [
+        Counted(Answer(RESULTS[0], 0.1), step_table(taken.columns), taken.per_item, notes, False)
+        for notes in (("one thing",), ("one thing", "another"), ("a third", "one thing"))
+    ]
+    found = []
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+
+        class Workers(Here):
+            checked = True
+
+            def counted(self, works, compute):
+                yield from ((works[place][0], answered[place]) for place in order)  # noqa: B023
+
+            def rest(self):
+                return None
+
+        journal = CellJournal(tmp_path / str(order), "cell", Workers(tracker))
+        assert len(list(journal.answers([work(name) for name in "abc"], lambda _: []))) == 3
+        found.append(journal.finish()[2])
+        journal.close()
+    assert found == [("a third", "another", "one thing")] * 3
 
 
 def test_without_a_journal_nothing_is_asked():
