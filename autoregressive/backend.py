@@ -34,7 +34,7 @@ class AutoregressiveBackend(SparsityLM):
         ...     lm_eval.simple_evaluate(lm, tasks=["arc_easy"])
     """
 
-    bidirectional = False
+    bidirectional, stacks = False, True
 
     def __init__(self, model: Any, tokenizer: Any, *, share_context: bool = True, **settings: Any) -> None:
         super().__init__(model, tokenizer, **settings)

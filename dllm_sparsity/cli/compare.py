@@ -11,7 +11,7 @@ import click
 
 from dllm_sparsity.errors import UserError
 
-_MODEL_OPTIONS = ("dtype", "batch_size", "revision", "trust_remote_code")
+_MODEL_OPTIONS = ("dtype", "batch_size", "stack", "revision", "trust_remote_code")
 _DIFFUSION_OPTIONS = ("mask_token", "logits_shift", "steps", "block_length", "sampler", "confidence_threshold", "mc")
 
 
@@ -42,6 +42,7 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--mc", callback=_mc, metavar="K", help="Monte-Carlo draws of the diffusion likelihood, or exact.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="float32 when not given.")
 @click.option("--batch-size", type=click.IntRange(1), help="Sequences in one forward pass.")
+@click.option("--stack", type=click.IntRange(1), help="Strengths that share a forward pass; 1 when not given.")
 @click.option("--revision", help="Revision of all models named here.")
 @click.option(
     "--trust-remote-code", is_flag=True, default=None, help="Let code that comes with the models named here run."

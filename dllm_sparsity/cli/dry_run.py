@@ -117,7 +117,7 @@ def _totals(parts: list[Part]) -> dict[str, float | None]:
     def total(values: list[Any]) -> Any:
         return None if any(value is None for value in values) else sum(values)
 
-    forwards = [None if part.work is None else part.work.forwards * part.runs for part in parts]
+    forwards = [None if part.work is None else part.work.forwards * part.passes for part in parts]
     return {
         "forwards": total(forwards),
         "ffn_flops": total([part.ffn_flops for part in parts]),
@@ -163,7 +163,7 @@ def _table(parts: list[Part]) -> Any:
         share = part.ffn_flops / part.flops if part.ffn_flops and part.flops else None
         cells = [
             "-" if work is None else f"{work.items:,}",
-            "-" if work is None else f"{bound}{_short(work.forwards * part.runs)}",
+            "-" if work is None else f"{bound}{_short(work.forwards * part.passes)}",
             "-" if part.flops is None else f"{bound}{_short(part.flops)}",
             "-" if share is None else f"{share:.0%}",
             "-" if part.peak is None else f"{max(part.measured_peak or 0, part.peak) / 1e9:.2g}",

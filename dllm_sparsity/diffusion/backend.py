@@ -51,7 +51,7 @@ class DiffusionBackend(SparsityLM):
         seed: Seed of masks and sampling.
     """
 
-    bidirectional = True
+    bidirectional, stacks = True, True
 
     def __init__(
         self,
@@ -130,11 +130,13 @@ class DiffusionBackend(SparsityLM):
 
     def _score(self, targets: Sequence[Target]) -> list[Score]:
         targets = [replace(t, context=_fit(t.context, self.max_length - len(t.tokens))) for t in targets]
-        plans = [self._plan(target) for target in targets]
-        rows = [_Row(number, mask) for number, plan in enumerate(plans) for mask in range(len(plan.masks))]
+        alone = len(targets) // self.copies
+        plans = [self._plan(target) for target in targets[:alone]] * self.copies
+        rows = [_Row(number, mask) for number, plan in enumerate(plans[:alone]) for mask in range(len(plan.masks))]
         sums: list[list[float]] = [[] for _ in targets]
         for start in range(0, len(rows), self.batch_size):
-            chunk = rows[start : start + self.batch_size]
+            own = rows[start : start + self.batch_size]
+            chunk = [_Row(copy * alone + row.target, row.mask) for copy in range(self.copies) for row in own]
             for row, total in zip(chunk, self._forward(targets, plans, chunk), strict=True):
                 sums[row.target].append(total)
         greedy = self._decodes_to(targets) if self.check_greedy else [False] * len(targets)

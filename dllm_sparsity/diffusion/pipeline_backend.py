@@ -138,6 +138,8 @@ class LLaDA2Backend(_Runs, DiffusionBackend):
         UserError: The pipeline is another one, or its call has no such argument.
     """
 
+    stacks = False
+
     def __init__(
         self,
         pipe: Any,

@@ -39,6 +39,8 @@ class SparsityLM(TextLM):
 
     bidirectional: ClassVar[bool]
     """Whether its models see tokens to the right."""
+    stacks: ClassVar[bool] = False
+    """Whether it takes several copies of a batch in one forward pass, each with a rule of its own."""
 
     def __init__(
         self, model: Any, tokenizer: Any, *, batch_size: int = 16, max_length: int | None = None, seed: int = 0
@@ -57,6 +59,8 @@ class SparsityLM(TextLM):
         """What remembers answered batches, or has them answered elsewhere; None answers each here."""
         self.progress: Callable[[int, int], None] = lambda done, total: None
         """Called with (requests done, requests in all) after each batch."""
+        self.copies = 1
+        """How many copies of the planned batch stand one behind the other in what is asked now."""
         self._kept = KeptTokens()
         self.max_length = max_length or longest_sequence(model, tokenizer)
         self.max_gen_toks = MAX_NEW_TOKENS

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
 from dllm_sparsity import registry
-from dllm_sparsity.errors import UserError
 from dllm_sparsity.sparsity import fusing
-from dllm_sparsity.sparsity import sites as site_names
-from dllm_sparsity.sparsity.action import Action
+from dllm_sparsity.sparsity.attachment import Attachment, make_metrics
 from dllm_sparsity.sparsity.clock import Clock, FreeClock
-from dllm_sparsity.sparsity.hooks import hook, is_compiled, one_token, run_once
-from dllm_sparsity.sparsity.ledger import Ledger, Point
+from dllm_sparsity.sparsity.hooks import hook, one_token, run_once
 from dllm_sparsity.sparsity.reading import Reading
-from dllm_sparsity.sparsity.rule import Rule, acting
+from dllm_sparsity.sparsity.rule import Rule
+from dllm_sparsity.sparsity.unit import Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dllm_sparsity.sparsity.kernels.fused import Producer
-    from dllm_sparsity.sparsity.sites import FFN, GatedForm, Routed
+    from dllm_sparsity.sparsity.sites import Act, GatedForm
 
-_PROBES: dict[int, Tracker] = {}  # thread -> the tracker whose dry run it is in; all other trackers hold still
 NO_CLOCK = "no clock: phase is forward, token state is unknown, padding is counted, overlap is off"
 
 
@@ -66,7 +60,7 @@ def sparsify(
     return Tracker(model, rule, sites, layers, clock, metrics)
 
 
-class Tracker:
+class Tracker(Attachment):
     """A rule attached to a model, and its counters. Made by `sparsify`."""
 
     def __init__(
@@ -78,73 +72,12 @@ class Tracker:
         clock: Clock | None,
         metrics: Sequence[str],
     ) -> None:
-        if rule is not None and not isinstance(rule, Rule):
-            raise UserError(f"{rule!r} is not a rule", "give one such as TopP(0.9), or None to count only")
-        if is_compiled(model):
-            raise UserError(
-                "the model is compiled already, so hooks would not fire", "sparsify first, then torch.compile"
-            )
-        self.model, self.rule = model, rule
-        self.sites = site_names.expand(sites)
-        self.clock = clock if clock is not None else FreeClock()
+        super().__init__(model, sites, layers)
+        self.rule, self.clock = rule, clock if clock is not None else FreeClock()
         self.notes = [] if clock is not None else [NO_CLOCK]
-        self.ffns = site_names.choose(_find(model), self.sites, layers)
-        asked = [metrics] if isinstance(metrics, str) else metrics
-        kinds = [registry.get("metrics", name) for name in dict.fromkeys(("density", *asked))]
-        usable = [kind() for kind in kinds if clock is not None or not kind.needs_clock]
-        self._points = [(ffn, site) for ffn in self.ffns for site in self.sites]
-        self.ledger = Ledger(
-            [Point(ffn.layer, site, ffn.device_of, ffn.points[site].width, ffn.experts) for ffn, site in self._points],
-            usable,
-        )
-        self._actions = [
-            Action(number, ffn, site, ffn.points[site], acting(rule, ffn.layer), self.clock, self.ledger)
-            for number, (ffn, site) in enumerate(self._points)
-        ]
-        self._undo: dict[int, Callable[[], None]] = {}  # point -> what detaches it
+        unit = Unit(self._points, rule, self.clock, make_metrics(metrics, clock is not None))
+        self.units, self.ledger, self._actions = [unit], unit.ledger, unit.actions
         self.kernels: dict[str, int] = {}
-        self._fired: set[int] = set()
-        self.checked = self._trying = False
-
-    def __enter__(self) -> Tracker:
-        if self._undo:
-            raise UserError("this tracker is attached already", "make a new one with sparsify()")
-        thread = threading.get_ident()
-        outer, _PROBES[thread] = _PROBES.get(thread), self  # whatever runs the model here, other trackers hold still
-        try:
-            self._attach()
-            self._dry_run()
-            self._check_norms()
-            self._listen()
-        except BaseException:
-            self._detach()
-            raise
-        finally:
-            del _PROBES[thread]
-            if outer is not None:
-                _PROBES[thread] = outer
-        return self
-
-    def _listen(self) -> None:
-        """Let the clock drive the ledger."""
-        self.ledger.by_row = all(action.rule is None or action.rule.by_row for action in self._actions)
-        if self.clock.items and not isinstance(self.clock, FreeClock):  # a request batch is open already
-            self.ledger.begin(self.clock)
-            self.ledger.tick(self.clock)
-        self.clock.listeners.append(self.ledger)
-        if isinstance(self.clock, FreeClock):
-            self.clock.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._detach()
-        if self.ledger in self.clock.listeners:
-            if kind is None:
-                self.ledger.flush(self.clock)  # a request batch that is still open counts so far
-            self.clock.listeners.remove(self.ledger)
-        if kind is None:
-            self.check("in the block")
 
     def read(self) -> Reading:
         """Return everything counted so far.
@@ -152,9 +85,7 @@ class Tracker:
         Raises:
             NonFiniteError: An activation was NaN or infinite.
         """
-        if self.ledger in self.clock.listeners:
-            self.ledger.flush(self.clock)
-        return self.ledger.read([*self.notes, *self.clock.notes])
+        return self.units[0].read(self.notes)
 
     def take(self) -> Reading:
         """Return what was counted since the last take and forget it, so that the takes of a run add up to its counts.
@@ -162,46 +93,22 @@ class Tracker:
         Raises:
             NonFiniteError: An activation was NaN or infinite.
         """
-        if self.ledger in self.clock.listeners:
-            self.ledger.flush(self.clock)
-        return self.ledger.take([*self.notes, *self.clock.notes])
+        return self.units[0].take(self.notes)
 
-    def _detach(self) -> None:
-        for undo in self._undo.values():
-            undo()
-        self._undo = {}
+    def _apply(self, number: int) -> Act:
+        return self._actions[number]
 
     def _attach(self) -> None:
         """Attach every point: by a kernel that makes its rows where the form is known, else by a hook."""
-        acts = [self._act(number) for number in range(len(self._points))]
         fuses = self.ledger.fusable and all(action.fuses for action in self._actions)
         for ffn in self.ffns if fuses else ():
             numbers = {site: n for n, (other, site) in enumerate(self._points) if other is ffn}
-            undo = fusing.take_over(ffn, {site: acts[number] for site, number in numbers.items()})
+            undo = fusing.take_over(ffn, {site: self._act(number) for site, number in numbers.items()})
             self._undo |= {numbers[site]: function for site, function in undo.items()}
         self._taken = set(self._undo)
-        for number, (ffn, site) in enumerate(self._points):
-            if number not in self._undo:
-                self._undo[number] = hook(ffn.points[site], acts[number])
+        super()._attach()
 
-    def _act(self, number: int) -> site_names.Act:
-        action = self._actions[number]
-
-        def act(tensor: Tensor, producer: Producer | None = None, routed: Routed | None = None) -> Tensor:
-            if _PROBES and (probe := _PROBES.get(threading.get_ident())) is not None:
-                if probe is self:
-                    self._fired.add(number)
-                if probe is not self or not self._trying:
-                    return fusing.make(tensor, producer)
-                return action(tensor, producer, routed)
-            if not self._undo:  # a copy of the model that was made inside the block still has the hooks
-                return fusing.make(tensor, producer)
-            self._fired.add(number)
-            return action(tensor, producer, routed)
-
-        return act
-
-    def _check_norms(self) -> None:
+    def _settle(self) -> None:
         """Give back the norms whose output goes elsewhere too: with a rule the model's output would not be the same.
 
         Where the model could not be run, all is given back: nothing else says where a module's output goes.
@@ -250,40 +157,3 @@ class Tracker:
             self._trying = False
             for action, rule in zip(self._actions, before, strict=True):
                 action.use(rule)
-
-    def _dry_run(self) -> None:
-        """Run one token through the model; every point must fire."""
-        ids = one_token(self.model)
-        if ids is None:
-            return
-        try:
-            with self.clock.paused(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                run_once(self.model, ids)
-        except Exception as error:  # foreign models refuse one token in ways of their own
-            self.notes.append(f"no dry run ({type(error).__name__}): sites are checked when the block ends")
-            self._fired.clear()
-            return
-        self.check("in a dry run")
-
-    def check(self, where: str) -> None:
-        """Make sure that every site acted on every layer; nothing more to do once they all did.
-
-        Args:
-            where: For the message.
-
-        Raises:
-            UserError: Some never fired.
-        """
-        dead = [f"layer {ffn.layer} {site}" for n, (ffn, site) in enumerate(self._points) if n not in self._fired]
-        if dead:
-            shown = ", ".join(dead[:4]) + (f" and {len(dead) - 4} more" if len(dead) > 4 else "")
-            raise UserError(
-                f"these sites never fired {where}: {shown}",
-                "a fused kernel or a changed forward may bypass the module; turn it off, or choose other sites",
-            )
-        self.checked = True
-
-
-def _find(model: nn.Module) -> list[FFN]:
-    """Return the model's FFNs; families are reached through the registry, they stand on a higher floor."""
-    return registry.load("dllm_sparsity.families:find_ffns")(model)

@@ -1,52 +1,19 @@
-"""A cell's rule on its model: what of a cell a process needs to know to answer the cell's batches."""
+"""A cell's rule on its model, in this process or elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dllm_sparsity.sparsity.sparsifier import sparsify
 from dllm_sparsity.study import environment
-from dllm_sparsity.study.config import ModelConfig, RuleConfig
 from dllm_sparsity.study.counted import Facts, Here, Source
-from dllm_sparsity.study.models import make_rule
-from dllm_sparsity.study.plan import Cell
+from dllm_sparsity.study.setting import Setting
+from dllm_sparsity.study.stacked import StackedHere
 
-
-@dataclass(frozen=True)
-class Setting:
-    """How a model is run in a cell; it can be sent to another process.
-
-    Args:
-        model: The model.
-        seed: The study's seed.
-        rule: None when dense.
-        strength: The rule's main parameter.
-        sites: Primitive sites that are recorded.
-        mc: Monte-Carlo draws; None for the model's own.
-    """
-
-    model: ModelConfig
-    seed: int
-    rule: RuleConfig | None
-    strength: float | None
-    sites: tuple[str, ...]
-    mc: int | str | None
-
-    @classmethod
-    def of(cls, cell: Cell, seed: int) -> Setting:
-        """Return the setting of a cell.
-
-        Args:
-            cell: The cell.
-            seed: The study's seed.
-        """
-        folder = Path(cell.model.model).expanduser()
-        placed = {"model": str(folder.resolve())} if folder.is_dir() else {}  # workers may stand elsewhere
-        return cls(cell.model.model_copy(update=placed), seed, cell.rule, cell.strength, cell.sites, cell.task.mc)
+if TYPE_CHECKING:
+    from dllm_sparsity.sparsity.sites import FFN
 
 
 class Host(Protocol):
@@ -83,7 +50,7 @@ class LocalHost:
 
     def __init__(self, lm: Any) -> None:
         self.lm = lm
-        self._here: Here | None = None
+        self._ffns: list[FFN] = []
 
     @contextmanager
     def attached(self, setting: Setting) -> Iterator[Here]:
@@ -95,16 +62,30 @@ class LocalHost:
         Raises:
             UserError: A site is missing, or the rule refuses the strength.
         """
-        rule, layers = None, None
-        if setting.rule is not None and setting.strength is not None:
-            rule = make_rule(setting.rule.name, setting.strength, setting.rule.parameters)
-            layers = setting.rule.layers
-        with sparsify(self.lm.model, rule, setting.sites, layers=layers, clock=self.lm.clock) as tracker:
-            self._here = Here(tracker)
+        rule = setting.make_rule()
+        with sparsify(self.lm.model, rule, setting.sites, layers=setting.layers, clock=self.lm.clock) as tracker:
+            self._ffns = tracker.ffns
             try:
-                yield self._here
+                yield Here(tracker)
             finally:
-                self._here = None
+                self._ffns = []
+
+    @contextmanager
+    def stacked(self, settings: Sequence[Setting]) -> Iterator[StackedHere]:
+        """Be ready to put the rules of several cells on the model, for one `with` block.
+
+        Args:
+            settings: Of the cells, which differ in strength alone.
+
+        Raises:
+            UserError: As in `attached`, or the model has experts there.
+        """
+        here = StackedHere(self.lm, settings)
+        self._ffns = here.ffns
+        try:
+            yield here
+        finally:
+            self._ffns = []
 
     def facts(self, setting: Setting) -> Facts:
         """Return what a sealed cell says of the model.
@@ -112,9 +93,9 @@ class LocalHost:
         Args:
             setting: Of the cell; it is attached.
         """
-        if self._here is None:
+        if not self._ffns:
             raise RuntimeError("facts are there while a setting is attached")
-        ffns = self._here.tracker.ffns
+        ffns = self._ffns
         ffn = {
             "d_model": ffns[0].d_model,
             "d_ffn": ffns[0].d_ffn,

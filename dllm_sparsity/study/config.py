@@ -30,6 +30,8 @@ class ModelConfig(_Frozen):
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     """How accelerate spreads a model over several GPUs, where it is too large for one."""
     batch_size: int = Field(default=16, ge=1)
+    stack: int = Field(default=1, ge=1)
+    """Strengths of a rule that share a forward pass, each with a copy of the batch: so many times as many sequences."""
     max_length: int | None = Field(default=None, ge=2)
     share_context: bool = True
     """Autoregressive: options of an item share the reading of their context where that is less work."""

@@ -53,6 +53,8 @@ class Source(Protocol):
     """Answers planned batches of one cell and counts in them."""
 
     clock: Clock
+    others_seconds: float
+    """Seconds spent on other cells' batches."""
 
     @property
     def checked(self) -> bool:
@@ -81,7 +83,7 @@ class Here:
     """
 
     def __init__(self, tracker: Tracker) -> None:
-        self.tracker, self.clock = tracker, tracker.clock
+        self.tracker, self.clock, self.others_seconds = tracker, tracker.clock, 0.0
 
     @property
     def checked(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class Part:
         task: lm-eval's name, or as given where it cannot be loaded.
         cells: Cells that are planned, the dense one among them.
         runs: How often the items are gone through: once for each cell, and what a search takes on average.
+        passes: How often forward passes are made for them: fewer than `runs` where strengths share them.
+        stack: Strengths that share a forward pass, at most.
         work: Forward passes of one cell; None where they cannot be known.
         why: Why something is not known; empty where all is.
         ffn_flops: FLOPs of the FFNs, dense, of all runs.
@@ -52,6 +55,8 @@ class Part:
     task: str
     cells: int
     runs: int
+    passes: int
+    stack: int = 1
     work: Workload | None = None
     why: str = ""
     ffn_flops: float | None = None
@@ -127,7 +132,7 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
 def _model(
     model: ModelConfig, cells: dict, tasks: dict, config: StudyConfig, found: DryRun, tell: Callable[[str], None]
 ) -> None:
-    planner, price, why = None, None, ""
+    planner, price, why, size = None, None, "", model.stack
     curves = sum(len(rule.sites) for rule in config.rules)
     searched = round(plan.SEARCH_PASSES * curves) if config.search is not None else 0
     searched *= 2 if config.search is not None and config.search.layerwise else 1
@@ -135,6 +140,7 @@ def _model(
         architecture = find_architecture(resolve(model.model), model.revision)
         built = build(architecture, model.trust_remote_code)
         ffns = find_ffns(built)
+        size = 1 if any(ffn.experts for ffn in ffns) else size
         price = costs(built, ffns, architecture.config, BYTES[model.dtype])
         found.models[model.name] = {
             "gated": all(ffn.gated for ffn in ffns),
@@ -151,7 +157,10 @@ def _model(
         for task in [None] if isinstance(loaded, UserError) else loaded:
             name = task.name if task is not None else str(spec.name or spec.text)
             why_not = loaded.message if isinstance(loaded, UserError) else why
-            part = Part(model.name, model.paradigm, name, len(own), len(own) + searched, why=why_not)
+            stacks = _stacks(own, size)
+            most = max(stacks, default=1)
+            part = Part(model.name, model.paradigm, name, len(own), len(own) + searched, len(stacks) + searched, most)
+            part.why = why_not
             found.parts.append(part)
             if task is None or planner is None or price is None:
                 continue
@@ -172,7 +181,7 @@ def _fill(part: Part, work: Workload, price: Costs, cells: list) -> None:
     flops = price.flops(work)
     if flops is not None:
         part.ffn_flops, part.flops = (each * part.runs for each in flops)
-    part.peak = price.peak_bytes(work)
+    part.peak = price.peak_bytes(work.stacked(part.stack))
     part.disk = sum(disk_bytes(work, price.layers, len(cell.sites)) for cell in cells)
 
 
@@ -185,6 +194,13 @@ def has_accuracy(task: LoadedTask) -> bool:
     if task.output_type in ("multiple_choice", "loglikelihood_rolling"):
         return task.output_type == "multiple_choice"
     return any(_ACCURACY.search(name) for name in task.task.higher_is_better())
+
+
+def _stacks(cells: list[plan.Cell], size: int) -> list[int]:
+    """Return how many cells share each stack's forward passes."""
+    curves = Counter(repr((cell.rule, cell.site)) for cell in cells if plan.stacks(cell))
+    alone = [1 for cell in cells if not plan.stacks(cell)]
+    return alone + [min(size, count - start) for count in curves.values() for start in range(0, count, size)]
 
 
 def detectable(items: int) -> float:

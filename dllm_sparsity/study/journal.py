@@ -117,7 +117,27 @@ class CellJournal:
         self.replayed_seconds += found.seconds
         return found
 
+    def add(self, key: str, counted: Counted) -> None:
+        """Write down a batch that was answered while another cell was run; it is counted when this one is.
+
+        Args:
+            key: Of the batch; one that the journal has already is left as it is.
+            counted: The batch.
+
+        Raises:
+            UserError: The disk is full or cannot be written to.
+        """
+        numbers = self._numbers.get(key)
+        if numbers:
+            numbers.pop()
+        elif counted.answer is not None:
+            self._append(key, counted, counted.answer)
+
     def _write(self, key: str, counted: Counted, answer: Answer) -> None:
+        self._append(key, counted, answer)
+        self._count(counted)
+
+    def _append(self, key: str, counted: Counted, answer: Answer) -> None:
         entry = {
             "key": key,
             "kind": type(answer.results[0]).__name__ if answer.results else "",
@@ -131,7 +151,6 @@ class CellJournal:
             "overlap_refused": counted.overlap_refused,
         }
         self._file.append(json.dumps(entry, default=_plain).encode() + b"\n" + _packed(counted.steps))
-        self._count(counted)
 
     def _count(self, counted: Counted) -> None:
         self.batches += counted.answer is not None

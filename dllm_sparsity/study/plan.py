@@ -129,6 +129,15 @@ def _primitive(site: str) -> tuple[str, ...]:
     return _ALL if site == "all" else (site,)
 
 
+def stacks(cell: Cell) -> bool:
+    """Return whether other strengths may share a cell's forward passes: those of a grid, for a search asks one by one.
+
+    Args:
+        cell: The cell.
+    """
+    return cell.rule is not None and cell.block is None and not cell.probe
+
+
 def fingerprint(parts: dict[str, Any]) -> str:
     """Return 16 hexadecimal digits that change with anything in the parts.
 
@@ -149,7 +158,7 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
         task: What identifies the task: name, version, documents, prompts.
         versions: Of the packages that compute.
     """
-    model = cell.model.model_dump(mode="json", exclude={"label", "model", "share_context"})
+    model = cell.model.model_dump(mode="json", exclude={"label", "model", "share_context", "stack"})
     if cell.task.mc is not None:
         model["mc"] = cell.task.mc
     if cell.model.paradigm == "autoregressive":
@@ -169,6 +178,8 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
             "parameters": cell.rule.parameters,
         }
     only_some: dict[str, Any] = {} if cell.block is None else {"block": list(cell.block)}
+    if cell.model.stack > 1 and stacks(cell):
+        only_some["stack"] = cell.model.stack
     if cell.replicate:
         only_some["replicate"] = cell.replicate
     return {

@@ -10,12 +10,13 @@ import pyarrow as pa
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import collect
-from dllm_sparsity.study.attached import Host, Setting, prepared
+from dllm_sparsity.study.attached import Host, prepared
 from dllm_sparsity.study.environment import describe_data, describe_model
 from dllm_sparsity.study.journal import CellJournal
 from dllm_sparsity.study.plan import Cell, item_order
 from dllm_sparsity.study.records import SCHEMA_VERSION, CellRecord
 from dllm_sparsity.study.rundir import RunDir
+from dllm_sparsity.study.setting import Setting
 from dllm_sparsity.study.tasks import LoadedTask
 
 
@@ -75,7 +76,7 @@ def run_cell(
             facts = host.facts(setting)
         estimator = lm.estimator
         steps, per_item, notes = journal.finish()
-    seconds = time.perf_counter() - started + journal.replayed_seconds
+    seconds = time.perf_counter() - started + journal.replayed_seconds - source.others_seconds
     samples = collect.sample_table(
         task.task, task.name, _placed(results["samples"][task.name], chosen), lm.log, per_item
     )

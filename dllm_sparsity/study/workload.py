@@ -6,7 +6,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +71,15 @@ class Workload:
         self.scored += scored * times
         self.most_tokens = max(self.most_tokens, math.ceil(sum(lengths) / forwards))
         self.most_scored = max(self.most_scored, math.ceil(scored / forwards))
+
+    def stacked(self, copies: int) -> Workload:
+        """Return the work whose largest call holds so many copies of a batch.
+
+        Args:
+            copies: How many.
+        """
+        most = {name: copies * getattr(self, name) for name in ("most_tokens", "most_scored", "most_cached")}
+        return replace(self, **most)
 
 
 class _Planner:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec
-from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint, with_block
+from dllm_sparsity.study.engines.planner import Job, together
+from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint, probe_cell, with_block
 
 SITES = ("input", "gate", "up", "intermediate", "all")
 WEIGHTS, TASK, VERSIONS = {"model.safetensors": "1"}, {"name": "t", "documents": "d"}, {"torch": "2"}
@@ -112,9 +113,20 @@ OTHER = {
     "pipeline_options": {"num_inference_steps": 3},
     "label": "another name",
     "share_context": False,
+    "stack": 4,
 }
 FOR_CAUSAL = {"share_context"}
-FOR_BOTH = {"paradigm", "revision", "trust_remote_code", "dtype", "device_map", "batch_size", "max_length", "label"}
+FOR_BOTH = {
+    "paradigm",
+    "revision",
+    "trust_remote_code",
+    "dtype",
+    "device_map",
+    "batch_size",
+    "max_length",
+    "label",
+    "stack",
+}
 
 
 def changed(base, name, value):
@@ -190,3 +202,41 @@ def test_a_fingerprint_is_the_same_in_another_process():
         [sys.executable, "-c", program], input=json.dumps(parts(cell)), text=True, capture_output=True, check=True
     )
     assert told.stdout.strip() == mark(cell)
+
+
+@settings(deadline=None)
+@given(studies, st.integers(1, 5))
+def test_stacks_hold_cells_that_differ_in_strength_alone(study, size):
+    study = study.model_copy(
+        update={"models": tuple(model.model_copy(update={"stack": size}) for model in study.models)}
+    )
+    each = [(cell, parts(cell, task={"name": cell.task.name})) for cell in expand(study)]
+    jobs = [Job(cell, None, fingerprint(own), own) for cell, own in each]
+    stacks = together(jobs)
+    assert sorted(job.fingerprint for stack in stacks for job in stack) == sorted(job.fingerprint for job in jobs)
+    for stack in stacks:
+        assert 1 <= len(stack) <= size
+        assert len({(job.cell.model, job.cell.task, job.cell.site) for job in stack}) == 1
+        assert len({job.cell.strength for job in stack}) == len(stack)
+        assert stack[0].cell.rule is not None or len(stack) == 1
+    if size == 1:
+        assert [stack[0] for stack in stacks] == jobs
+    full = sum(-(-len(rule.strengths) // size) * len(rule.sites) for rule in distinct(study.rules))
+    assert len(stacks) == len(study.models) * len(study.tasks) * (1 + study.replicates + full)
+
+
+def distinct(rules):
+    return [rule.model_copy(update={"strengths": tuple(dict.fromkeys(rule.strengths))}) for rule in rules]
+
+
+def test_a_stack_is_another_batch_plan_of_a_grid_alone():
+    rule = RuleConfig(name="top_p", strengths=(0.9,))
+    one, more = (ModelConfig(paradigm="autoregressive", model="m", stack=stack) for stack in (1, 4))
+    task = TaskSpec(name="t")
+    sparse = [Cell(model, task, rule, 0.9, "all", ("input",)) for model in (one, more)]
+    assert mark(sparse[0]) != mark(sparse[1])
+    assert "stack" not in parts(sparse[0])
+    for change in (lambda cell: with_block(cell, 0, 8), probe_cell):
+        assert mark(change(sparse[0])) == mark(change(sparse[1]))
+    dense = [Cell(model, task, None, None, None, ("input",)) for model in (one, more)]
+    assert mark(dense[0]) == mark(dense[1])

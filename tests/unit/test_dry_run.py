@@ -147,3 +147,20 @@ def test_a_probe_leaves_the_study_timed_and_the_disk_as_it_was(material, study, 
     told = {part.task: part.detectable is not None for part in found.parts}
     assert told == {"tiny_choice": True, "tiny_write": True, "text_own": False}  # a text is neither right nor wrong
     assert not list(tmp_path.iterdir())
+
+
+def test_strengths_that_share_forward_passes_make_fewer_and_take_more_memory(material):
+    def dry_run(stack):
+        fields = {
+            "models": [{"paradigm": "autoregressive", "model": str(material / "ar"), "stack": stack}],
+            "tasks": [{"name": str(material / "choice.yaml"), "limit": 4}],
+            "rules": [{"name": "top_p", "strengths": [0.9, 0.8, 0.7, 0.6, 0.5], "sites": ["input", "all"]}],
+        }
+        (part,) = module.dry_run(build_config(fields)).parts
+        return part
+
+    alone, stacked = dry_run(1), dry_run(4)
+    assert (alone.cells, alone.passes, alone.stack) == (11, 11, 1)
+    assert (stacked.cells, stacked.runs, stacked.passes, stacked.stack) == (11, 11, 1 + 2 * 2, 4)
+    assert stacked.peak > alone.peak
+    assert stacked.flops == alone.flops

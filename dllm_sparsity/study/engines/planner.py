@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from dllm_sparsity import registry
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
-from dllm_sparsity.study.plan import SEARCH_PASSES, Cell, cell_parts, expand, fingerprint
+from dllm_sparsity.study.plan import SEARCH_PASSES, Cell, cell_parts, expand, fingerprint, stacks
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
 
 
@@ -91,3 +92,24 @@ class Planner:
         curves = [(rule, site) for rule in self.config.rules for site in rule.sites]
         dense = [self.job(Cell(model, spec, None, None, None, ()), task).cost for model, spec, task in self.pairs()]
         return passes * len(curves) * sum(dense)
+
+
+def together(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Return the jobs in stacks: those that differ in strength alone, as many as their model's `stack` says.
+
+    Args:
+        jobs: All of a study, sealed ones too, so that a run that goes on stacks as the one before.
+    """
+    found: list[list[Job]] = []
+    newest: dict[str, list[Job]] = {}  # of each curve
+    for job in jobs:
+        size, stack = job.cell.model.stack, [job]
+        if size > 1 and stacks(job.cell):
+            curve = fingerprint({**job.parts, "rule": {**job.parts["rule"], "strength": None}})
+            before = newest.get(curve)
+            if before is not None and len(before) < size:
+                before.append(job)
+                continue
+            newest[curve] = stack
+        found.append(stack)
+    return found

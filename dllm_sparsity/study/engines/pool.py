@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.journal import Compute, Work
 from dllm_sparsity.sparsity.clock import Clock
-from dllm_sparsity.study.attached import Setting
 from dllm_sparsity.study.counted import Counted, Facts
+from dllm_sparsity.study.setting import Setting
+from dllm_sparsity.study.stacked import Each
 
 _AHEAD = 2  # batches that a worker has: the one it is at and the next, so that it never waits for this process
 _PATIENCE_SECONDS = 60.0
@@ -117,11 +118,13 @@ class Pool:
             except self._died as error:
                 self._replace(member, error)
 
-    def counted(self, setting: Setting, works: Sequence[tuple[int, Work]]) -> Iterator[tuple[int, Counted]]:
-        """Yield each batch when a worker has answered it.
+    def counted(
+        self, setting: Setting | tuple[Setting, ...], works: Sequence[tuple[int, Work]]
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield each batch when a worker has answered it, as `Worker.answer` does.
 
         Args:
-            setting: Of the batches' cell.
+            setting: Of the batches' cell, or of several cells that are answered at once.
             works: Number and batch.
 
         Raises:
@@ -155,7 +158,7 @@ class Pool:
 
     def _hand_out(
         self,
-        setting: Setting,
+        setting: Setting | tuple[Setting, ...],
         waiting: deque[tuple[int, Work]],
         running: dict[Future[Any], tuple[_Member, int, Work]],
     ) -> None:
@@ -216,6 +219,15 @@ class PoolHost:
         """
         yield _There(self.pool, setting, self.lm.clock)
 
+    @contextmanager
+    def stacked(self, settings: Sequence[Setting]) -> Iterator[_TogetherThere]:
+        """Return where the batches of several cells are answered at once.
+
+        Args:
+            settings: Of the cells, which differ in strength alone.
+        """
+        yield _TogetherThere(self.pool, tuple(settings), self.lm.clock)
+
     def facts(self, setting: Setting) -> Facts:
         """Return what a sealed cell says of the model.
 
@@ -230,6 +242,7 @@ class _There:
 
     checked = True
     """A worker looks behind its first batch that every site acted."""
+    others_seconds = 0.0
 
     def __init__(self, pool: Pool, setting: Setting, clock: Clock) -> None:
         self._pool, self._setting, self.clock = pool, setting, clock
@@ -246,6 +259,23 @@ class _There:
     def rest(self) -> None:
         """Return nothing: workers count inside of batches alone."""
         return
+
+
+class _TogetherThere:
+    """Batches of several cells at once, answered by the workers of a pool."""
+
+    checked = True
+
+    def __init__(self, pool: Pool, settings: tuple[Setting, ...], clock: Clock) -> None:
+        self._pool, self._settings, self.clock = pool, settings, clock
+
+    def counted(self, works: Sequence[tuple[int, Work]]) -> Iterator[tuple[int, Each]]:
+        """Yield what each batch gave in every cell when it is answered.
+
+        Args:
+            works: Number and batch.
+        """
+        return self._pool.counted(self._settings, works)
 
 
 def _size(work: Work) -> str:

@@ -13,13 +13,15 @@ from dllm_sparsity.study import environment
 from dllm_sparsity.study.attached import Host, LocalHost
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.engines import Engine, Share, slurm
-from dllm_sparsity.study.engines.planner import Job, Planner
+from dllm_sparsity.study.engines.planner import Job, Planner, together
 from dllm_sparsity.study.engines.pool import Pool, PoolHost
 from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
 from dllm_sparsity.study.plan import Cell
 from dllm_sparsity.study.quiet import quiet
 from dllm_sparsity.study.run import run_cell
 from dllm_sparsity.study.rundir import RunDir
+from dllm_sparsity.study.setting import Setting
+from dllm_sparsity.study.stacked import Fellow, LeadHost, why_alone
 from dllm_sparsity.study.tasks import LoadedTask
 
 Searches = Callable[[ModelConfig, TaskSpec, LoadedTask], Iterable[Generator[Cell, Path, None]]]
@@ -112,11 +114,11 @@ def run_study(
             with quiet(rundir.log):
                 slurm.run(asked, rundir, searches, engine, max(len(jobs), len(pairs)), progress.share)
             open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
+        left = {job.fingerprint for job in open_jobs}
         for model in config.models:
             runner.forget()
-            for job in open_jobs:
-                if job.cell.model == model:
-                    runner.run(job)
+            for stack in together([job for job in jobs if job.cell.model == model]):
+                runner.run_all([job for job in stack if job.fingerprint in left])
             for spec, task in (pair[1:] for pair in pairs if pair[0] == model):
                 for search in searches(model, spec, task) if searches is not None else ():
                     runner.drive(search, task)
@@ -149,7 +151,7 @@ class _Runner:
         self.config, self.rundir, self.described = config, rundir, described
         self.progress, self.planner, self.engine, self.pool = progress, planner, engine, pool
         self.planned: dict[str, dict[str, Any]] = {}
-        self.host: Host | None = None
+        self.host: LocalHost | PoolHost | None = None
 
     def forget(self) -> None:
         self.host = None
@@ -161,16 +163,44 @@ class _Runner:
             self.planned.setdefault(job.fingerprint, entry)
         self.rundir.write_plan(list(self.planned.values()), self.described)
 
+    def run_all(self, jobs: list[Job]) -> None:
+        """Run jobs that differ in strength alone: the first fills the others' journals, where that is possible."""
+        if len(jobs) > 1:
+            why = why_alone(self._ready(jobs[0]).lm, self._setting(jobs[0]))
+            if why is None:
+                title = f"{jobs[0].cell.title} and {len(jobs) - 1} more"
+                fellows = [
+                    Fellow(self._setting(job), job.fingerprint, self.rundir.journal_path(job.fingerprint))
+                    for job in jobs[1:]
+                ]
+                self._run(jobs[0], LeadHost(self._ready(jobs[0]), fellows), title, sum(job.cost for job in jobs))
+                for job in jobs[1:]:
+                    self._run(job, self._ready(job), job.cell.title, 0.0)
+                return
+            self.rundir.tell(f"{jobs[0].cell.model.name} runs one strength at a time: {why}")
+        for job in jobs:
+            self.run(job)
+
     def run(self, job: Job) -> None:
+        self._run(job, self._ready(job), job.cell.title, job.cost)
+
+    def _run(self, job: Job, host: Host, title: str, cost: float) -> None:
+        self.progress.cell(title, cost)
         with quiet(self.rundir.log):
-            if self.host is None:
+            run_cell(job.cell, job.task, host, job.fingerprint, job.parts, self.described, self.rundir)
+
+    def _setting(self, job: Job) -> Setting:
+        return Setting.of(job.cell, job.parts["seed"])
+
+    def _ready(self, job: Job) -> LocalHost | PoolHost:
+        """Return the host of a job's model, which is loaded where it is not there yet."""
+        if self.host is None:
+            with quiet(self.rundir.log):
                 self.host = self._open(job.cell.model)
                 self.host.lm.progress = self.progress.share
-        self.progress.cell(job.cell.title, job.cost)
-        with quiet(self.rundir.log):
-            run_cell(job.cell, job.task, self.host, job.fingerprint, job.parts, self.described, self.rundir)
+        return self.host
 
-    def _open(self, model: ModelConfig) -> Host:
+    def _open(self, model: ModelConfig) -> LocalHost | PoolHost:
         if self.engine.kind == "slurm":
             raise UserError("a cell was not sealed by its job", "the same command submits it again")
         if self.pool is None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dllm_sparsity.lm.journal import Work
-    from dllm_sparsity.study.attached import LocalHost, Setting
+    from dllm_sparsity.study.attached import LocalHost
     from dllm_sparsity.study.counted import Counted, Facts, Here
+    from dllm_sparsity.study.setting import Setting
+    from dllm_sparsity.study.stacked import Each, StackedHere
 
 
 class Worker:
@@ -23,9 +25,9 @@ class Worker:
 
     def __init__(self, device: str, threads: int | None = None) -> None:
         self._device = device
-        self._setting: Setting | None = None
+        self._settings: tuple[Setting, ...] | None = None
         self._host: LocalHost | None = None
-        self._here: Here | None = None
+        self._here: Here | StackedHere | None = None
         self._open = ExitStack()
         if threads is not None:
             import torch
@@ -44,19 +46,23 @@ class Worker:
         device = choose_device(self._device)
         return {**environment.describe(device, seed), "code": environment.code_identity()}
 
-    def answer(self, setting: Setting, work: Work) -> Counted:
+    def answer(self, setting: Setting | tuple[Setting, ...], work: Work) -> Counted | Each:
         """Answer a batch, and count in it.
 
         Args:
-            setting: Of the batch's cell.
+            setting: Of the batch's cell; of several cells that it is answered for at once, for what each of them gets.
             work: The batch.
 
         Raises:
             UserError: The model cannot be loaded, or a site is missing.
             NonFiniteError: An activation was NaN or infinite.
         """
+        from dllm_sparsity.study.stacked import StackedHere
+
         host, here = self._use(setting)
         try:
+            if isinstance(here, StackedHere):
+                return here.one(work)
             counted = here.one(work, host.lm.compute)
             here.tracker.check("in a batch")
             return counted
@@ -73,20 +79,23 @@ class Worker:
         host, _ = self._use(setting)
         return host.facts(setting)
 
-    def _use(self, setting: Setting) -> tuple[LocalHost, Here]:
-        """Load the model and put the rule on it, where they are not those of the batch before."""
+    def _use(self, asked: Setting | tuple[Setting, ...]) -> tuple[LocalHost, Here | StackedHere]:
+        """Load the model and put the rules on it, where they are not those of the batch before."""
         from dllm_sparsity.study.attached import LocalHost, prepared
         from dllm_sparsity.study.models import open_backend
 
-        if self._here is None or self._host is None or setting != self._setting:
+        settings = asked if isinstance(asked, tuple) else (asked,)
+        if self._here is None or self._host is None or settings != self._settings:
             self._drop()
-            if self._host is None or self._setting is None or setting.model != self._setting.model:
+            setting = settings[0]
+            if self._host is None or self._settings is None or setting.model != self._settings[0].model:
                 self._host = None  # free the model before the next one is loaded
                 self._host = LocalHost(open_backend(setting.model, self._device, setting.seed))
-            self._setting = setting
+            self._settings = settings
+            on = self._host.stacked(settings) if len(settings) > 1 else self._host.attached(setting)
             try:
                 self._open.enter_context(prepared(self._host.lm, setting))
-                self._here = self._open.enter_context(self._host.attached(setting))
+                self._here = self._open.enter_context(on)
             except BaseException:
                 self._drop()
                 raise
