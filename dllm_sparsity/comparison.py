@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_sparsity.analysis.allocated import Searched
-from dllm_sparsity.analysis.profile import Column
+from dllm_sparsity.analysis.column import Column
 from dllm_sparsity.analysis.search import LADDER, Limits, Search, boundaries
 from dllm_sparsity.analysis.searched import SearchedCurve, averages, open_cell
 from dllm_sparsity.errors import UserError

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from dllm_sparsity.analysis.arrow import pc
+from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.loading import Cell
-from dllm_sparsity.analysis.profile import Column, Threshold, profile
+from dllm_sparsity.analysis.profile import profile
 from dllm_sparsity.analysis.qualities import SCALES
 from dllm_sparsity.analysis.search import Goal, Search
 from dllm_sparsity.analysis.searched import SearchedCurve
@@ -22,6 +23,8 @@ from dllm_sparsity.analysis.steps import counted, sparsity_by
 
 Answer = dict[str, Any]
 DRAWS, SEED = 1000, 0
+_PART = 8
+"""Part of the items on which a strength must have been measured for its sparsity by layer to be told."""
 _MAY_NOT_CROSS = 0.025
 """More draws without a crossing than this, and the ends of their interval would be those of the measured points."""
 
@@ -167,19 +170,15 @@ def _drawn(searches: tuple[Search, Search], threshold: Threshold, items: int) ->
     members = _members(curves[0][0])
     for draw in range(DRAWS + 1):
         picked = rng.integers(0, len(members), len(members)) if draw else range(len(members))
-        chosen = np.sort(np.concatenate([members[number] for number in picked]))
-        profiles = [
-            profile(_at(dense, chosen), [_at(own, chosen) for own in sparse], threshold, search.ended)
-            for search, (dense, sparse) in zip(searches, curves, strict=True)
-        ]
+        chosen = np.concatenate([members[number] for number in picked])
+        profiles = []
+        for search, (dense, sparse) in zip(searches, curves, strict=True):
+            columns = [own.drawn(chosen) for own in sparse]
+            columns = [own for own in columns if len(own)]
+            profiles.append(profile(dense.drawn(chosen), columns, threshold, search.ended))
         missed += [not own.crosses for own in profiles]
         found.append(profiles[1].estimate - profiles[0].estimate)
     return np.array(found) if (missed <= _MAY_NOT_CROSS * DRAWS).all() else None
-
-
-def _at(column: Column, chosen: np.ndarray) -> Column:
-    """Return drawn items; in ascending order, so that those of a shorter column come first."""
-    return column.at(chosen[chosen < len(column)])
 
 
 def _members(dense: Column) -> list[np.ndarray]:
@@ -190,7 +189,7 @@ def _members(dense: Column) -> list[np.ndarray]:
 
 
 def nearest_strength(search: Search, goal: Goal) -> float | None:
-    """Return the strength whose cells, measured on all items of the last round, lie nearest the crossing.
+    """Return the strength nearest the crossing of those that were measured on a good part of the items.
 
     Args:
         search: The search, done.
@@ -199,8 +198,10 @@ def nearest_strength(search: Search, goal: Goal) -> float | None:
     if goal.profile is None:
         return None
     place = goal.profile.estimate
-    whole = [strength for strength, own in search.columns.items() if len(own) >= goal.items]
-    return min(whole, key=lambda strength: abs(search.columns[strength].sparsity - place), default=None)
+    many = [strength for strength, own in search.columns.items() if len(own) * _PART >= goal.items]
+    return min(
+        many or search.columns, key=lambda strength: abs(search.columns[strength].sparsity - place), default=None
+    )
 
 
 def overlap_words(probed: int, available: int, searched: int, gained: bool) -> tuple[int, str]:

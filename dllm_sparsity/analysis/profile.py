@@ -7,99 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from dllm_sparsity.analysis.spline import smooth
+from dllm_sparsity.analysis.column import Column, Threshold
+from dllm_sparsity.analysis.margins import margins
+from dllm_sparsity.analysis.spline import EVERY, Smooth, smooth
 
 LEVEL = 0.95
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+_EARLY = NormalDist().inv_cdf(LEVEL)
 _SURE = 3.0
-_SHARES = np.linspace(0, 1, 25)[1:]
+_SHARES = np.linspace(0, 1, 17)[1:]
 _REACH, _FARTHEST = 0.5, 0.02
-_CHANGED = 2.0
-"""Items lost and gained on top of those seen, in variance."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """What one strength gave, item by item; quality and sparsity are ratios of sums.
-
-    Args:
-        height: Numerator of the quality, its sign turned so that higher is better.
-        weight: Its denominator.
-        kept: Activations kept.
-        total: Activations.
-        group: Number of the group of each item; None where all stand alone.
-    """
-
-    height: np.ndarray
-    weight: np.ndarray
-    kept: np.ndarray
-    total: np.ndarray
-    group: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.height)
-
-    @property
-    def sparsity(self) -> float:
-        """Return the share of activations that are zero."""
-        return float(1 - self.kept.sum() / self.total.sum())
-
-    def first(self, items: int) -> Column:
-        """Return the first items alone.
-
-        Args:
-            items: How many.
-        """
-        return self.between(0, items)
-
-    def between(self, start: int, stop: int) -> Column:
-        """Return some items alone.
-
-        Args:
-            start: The first.
-            stop: One behind the last.
-        """
-        return self.at(slice(start, stop))
-
-    def at(self, places: Any) -> Column:
-        """Return the items at some places.
-
-        Args:
-            places: A slice, or an array of numbers.
-        """
-        parts: dict[str, Any] = {name: None if own is None else own[places] for name, own in vars(self).items()}
-        return Column(**parts)
-
-    def joined(self, more: Column) -> Column:
-        """Return these items and those after them.
-
-        Args:
-            more: The next items; they have groups where these have.
-        """
-        parts: dict[str, Any] = {
-            name: None if own is None else np.concatenate([own, getattr(more, name)])
-            for name, own in vars(self).items()
-        }
-        return Column(**parts)
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """What is asked of the quality.
-
-    Args:
-        retention: Share of the dense quality to be kept.
-        logarithmic: Whether quality is a log-likelihood: the threshold is then dense + ln(retention).
-        bounded: Whether an item's quality is 0 or 1.
-    """
-
-    retention: float
-    logarithmic: bool
-    bounded: bool
 
 
 @dataclass(frozen=True)
@@ -116,7 +36,7 @@ class Profile:
         fails: Whether there is such a sparsity.
         sure: As `high`, at three standard errors; infinite where there is no such sparsity.
         crosses: Whether the margin falls below zero at all.
-        within_reach: `low` and `high` as they would be, were there no gaps between the points.
+        curve: The smooth curve through the points.
         sparsity_error: Standard error of the sparsity itself at the crossing.
     """
 
@@ -129,7 +49,7 @@ class Profile:
     fails: bool
     sure: float
     crosses: bool
-    within_reach: tuple[float, float]
+    curve: Smooth
     sparsity_error: float
 
     @property
@@ -144,109 +64,75 @@ class Profile:
         """Return the width of the interval."""
         return self.interval[1] - self.interval[0]
 
+    @property
+    def candidates(self) -> np.ndarray:
+        """Return sparsities at which one more point may be measured."""
+        return self.curve.mesh[::EVERY]
 
-class _Row(NamedTuple):
-    """A point: sparsity, margin, each item's pull on both, further variance of the margin, number of items."""
+    def doubt(self, place: int | None = None) -> float:
+        """Return how much of the interval is likely to be taken for the wrong side of the threshold, in sparsity.
 
-    place: float
-    margin: float
-    noise: np.ndarray
-    spread: np.ndarray
-    extra: float
-    items: int
+        Args:
+            place: Number of the candidate that is measured next; None for none.
+
+        Source: Bect, Ginsbourger, Li, Picheny and Vazquez 2012, Sequential design of computer experiments for the
+            estimation of a probability of failure. Differs: the curve is taken to stay where it is.
+        """
+        error = np.maximum(self.curve.error if place is None else self.curve.error_after(place), 1e-12)
+        wrong = 1 / (1 + np.exp(np.minimum(1.7 * np.abs(self.curve.value) / error, 500)))  # a normal tail, nearly
+        mesh = self.curve.mesh
+        wrong = np.where((mesh >= self.low) & (mesh <= self.high), wrong, 0.0)
+        return float(np.trapezoid(wrong, mesh))
 
 
-def profile(dense: Column, sparse: Sequence[Column], threshold: Threshold, ended: bool = False) -> Profile:
+def profile(
+    dense: Column,
+    sparse: Sequence[Column],
+    threshold: Threshold,
+    ended: bool = False,
+    block: range | None = None,
+) -> Profile:
     """Draw a smooth margin through points that share items, and read the interval off it.
 
-    A point's margin is the paired difference to dense on the point's items, set on the dense margin of all items. The
-    curve is a cubic smoothing spline with the covariance of the points as it was measured, so that strengths with few
-    items, or with the same items, weigh what they should; how far it bends is weighed by the points' own evidence. Its
-    error grows in the gaps between points. The interval inverts a test: a sparsity belongs to it unless the margin is
-    told from zero, each side at half the error rate. Items of one group are counted together.
+    The curve is a cubic smoothing spline with the covariance of the points as it was measured, so that strengths with
+    few items, or with the same items, weigh what they should; how far it bends is weighed by the points' own evidence.
+    Its error grows in the gaps between points. The interval inverts a test: a sparsity next to the estimate belongs to
+    it unless the margin is told from zero, each side at half the error rate; and so does all from the first place on
+    that is not told from a miss at the whole error rate, for a curve may fall short early and come back.
 
     Args:
-        dense: The dense cell's items.
-        sparse: The same items at each strength, or the first of them, in any order.
+        dense: The dense cell's items, none left out.
+        sparse: Some of the same items at each strength, in any order.
         threshold: What is asked.
         ended: Whether the last strength is the last there is, so that nothing lies beyond it.
+        block: Items on which one more point may be measured; None where nobody asks what it would tell.
 
-    Source: Fieller 1954, Some problems in interval estimation, for the inversion; Liang and Zeger 1986, Longitudinal
-        data analysis using generalized linear models, for groups; Agresti and Min 2005, for items lost and gained on
-        top of bounded qualities, without which a few items that happen to agree look certain. The curve: `smooth`.
+    Source: Fieller 1954, Some problems in interval estimation, for the inversion. The points: `margins`. The curve:
+        `smooth`.
     """
-    top = _pulls(dense, dense, threshold)
-    rows = [_Row(top[0], top[1], top[2] / len(dense), top[3] / len(dense), 0.0, 0)]
-    rows += sorted((_against(top, dense, column, threshold) for column in sparse), key=lambda row: row.place)
-    place = np.maximum.accumulate([row.place for row in rows])
-    margin = np.array([row.margin for row in rows])
-    noise, spread = (_by_group(np.stack([row[part] for row in rows]), dense.group) for part in (2, 3))
-    covariance = noise @ noise.T + np.diag([row.extra for row in rows])
-    errors = np.sqrt(np.diag(covariance))
-    mesh = _mesh(place, ended)
-    value, error = smooth(place, margin, covariance, mesh)
+    points = margins(dense, sparse, threshold)
+    mesh = _mesh(points.place, ended)
+    more = None if block is None else points.another(mesh[::EVERY], block)
+    curve = smooth(points.place, points.margin, points.covariance, mesh, more)
+    value, error = curve.value, curve.error
     error[0] = 0.0
-    most = max(row.items for row in rows)
-    whole = [index for index, row in enumerate(rows) if row.items == most]
     estimate, crosses = _first(mesh, value)
-    low, high, fails = _ends(mesh, value, error, estimate)
+    high, fails = _first(mesh, value + _Z * error)
+    early, _ = _first(mesh, value - _EARLY * error)
     sure, surely = _first(mesh, value + _SURE * error)
     return Profile(
-        points=place,
-        margins=margin,
-        errors=errors,
+        points=points.place,
+        margins=points.margin,
+        errors=np.sqrt(np.diag(points.covariance)),
         estimate=estimate,
-        low=low,
-        high=high,
+        low=min(_before(mesh, value - _Z * error, estimate), early, estimate),
+        high=max(high, estimate),
         fails=fails,
         sure=sure if surely else math.inf,
         crosses=crosses,
-        within_reach=_ends(mesh, value, np.minimum(error, np.interp(mesh, place[whole], errors[whole])), estimate)[:2],
-        sparsity_error=float(np.linalg.norm(spread[int(np.abs(place - estimate).argmin())])),
+        curve=curve,
+        sparsity_error=float(points.spread[int(np.abs(points.place - estimate).argmin())]),
     )
-
-
-def _pulls(column: Column, dense: Column, threshold: Threshold) -> tuple[float, float, np.ndarray, np.ndarray]:
-    """Return sparsity, margin, and each item's pull on the margin and on the sparsity."""
-    share = 1.0 if threshold.logarithmic else threshold.retention
-    top, pull = _ratio(dense.height, dense.weight)
-    value, own = _ratio(column.height, column.weight)
-    kept, spread = _ratio(column.kept, column.total)
-    base = top + math.log(threshold.retention) if threshold.logarithmic else top * share
-    return 1 - kept, value - base, own - share * pull, spread
-
-
-def _against(
-    top: tuple[float, float, np.ndarray, np.ndarray], dense: Column, column: Column, threshold: Threshold
-) -> _Row:
-    """Return the point of a strength: its difference to dense on its own items, and the dense margin of all."""
-    few = len(column)
-    first = dense.first(few)
-    place, margin, own, spread = _pulls(column, first, threshold)
-    _, there, base, _ = _pulls(first, first, threshold)
-    pull = top[2] / len(dense)
-    pull[:few] += (own - base) / few
-    apart = 1.0 if first.group is None else few / len(np.unique(first.group))
-    extra = _CHANGED * (apart / few) ** 2 if threshold.bounded else 0.0
-    return _Row(place, margin - there + top[1], pull, np.pad(spread / few, (0, len(dense) - few)), extra, few)
-
-
-def _by_group(pulls: np.ndarray, group: np.ndarray | None) -> np.ndarray:
-    """Add up the pulls of items of one group."""
-    return pulls if group is None else np.stack([np.bincount(group, own) for own in pulls])
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return a ratio of sums and each item's pull on it."""
-    mean = denominator.mean()
-    value = float(numerator.mean() / mean)
-    return value, (numerator - value * denominator) / mean
-
-
-def _ends(mesh: np.ndarray, value: np.ndarray, error: np.ndarray, estimate: float) -> tuple[float, float, bool]:
-    """Return the ends of the interval, and whether there is an upper one."""
-    high, fails = _first(mesh, value + _Z * error)
-    return min(_before(mesh, value - _Z * error, estimate), estimate), max(high, estimate), fails
 
 
 def _mesh(place: np.ndarray, ended: bool) -> np.ndarray:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
-from dllm_sparsity.analysis.profile import Column, Profile, Threshold, profile
+from dllm_sparsity.analysis.column import Column, Threshold
+from dllm_sparsity.analysis.profile import Profile, profile
 
 FIRST_ITEMS = 64
 LADDER = (0.0, 0.05, 0.15, 0.3, 0.5, 0.75, 1.0)
 """Shares of the way from dense to the sparsest strength."""
-_GROWTH, _LEAP, _SPARE = 1.25, 2.0, 1.1
-"""Items of a round, in those of the round before: at least, at most, and beyond what the width seems to need."""
-_MOST, _MOST_AT_LAST = 12, 4
-"""Strengths that a round may measure for one retention; the last round, on all items, is the dear one."""
-_PART = 16
-"""A strength counts in a round when it was measured on this part of its items."""
-_OUT = 0.9
-"""Where strengths are put, in shares of the way from the estimate to the ends of the interval."""
-_NEAR, _SAME, _CLOSE = 0.3, 0.2, 0.1
-"""In widths: how near a strength serves a place, may be taken in its stead, and serves an end where a gap costs."""
-_LOSS = 0.15
-"""What a gap between strengths may cost, in widths."""
+_GROWTH, _LEAP, _SPARE = 1.25, 1.4, 1.1
+"""All items after a round, in those before it: at least, at most, and beyond what the width seems to need."""
+_BLOCKS, _LEAST_BLOCK = 16, 16
+"""No block is larger than this part of the items, unless it has no more items than that."""
+_TURNS, _QUARTER = 3, 0.25
+"""How often the items are gone through where strengths change other items, and the part of them in a later round."""
+_MOST = 4
+"""Strengths that a round may measure for one retention."""
+_GAIN, _LATE_GAIN = 0.1, 0.045
+"""Share of the doubt that another strength must take away: on items at hand, and in a later turn."""
+_NEAR = 0.1
+"""How near a measured strength serves a place, in widths."""
+_BESIDE = 0.5
+"""How far from the interval a strength may be measured, in widths."""
 _STEEP = 1.6
 """How much wider the interval may be, were its upper end as sure as three standard errors."""
-_DOUBT = 1.0
-"""A place may be a miss when its margin is so few standard errors above zero."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,19 @@ def boundaries(items: int) -> list[int]:
     ends, size = [], float(FIRST_ITEMS)
     while round(size) < items:
         ends.append(round(size))
-        size *= _GROWTH
+        size += min(size * (_GROWTH - 1), max(items / _BLOCKS, _LEAST_BLOCK))
     return [*ends, items]
 
 
 class Search:
     """Look for the critical sparsity of one curve at one or several retentions.
 
-    Few items are measured up a ladder of strengths until one fails beyond doubt. Then rounds follow, each on more
-    items: two or three strengths near the ends of the interval are measured on all items of the round, placed by what
-    the round before told, and the crossing is read from a smooth curve through all strengths measured so far. A round
-    is followed by another while the interval is wider than asked. All comparisons are paired by item; a strength left
-    behind keeps its say by the items it has, and is measured again where it may be a miss below the crossing. The stop
-    looks at the width alone, never at the place, which leaves the interval its coverage.
+    Few items are measured up a ladder of strengths until one fails beyond doubt. Then rounds follow, each on new items:
+    they are measured at the strength that is likely to take away most doubt of where the curve crosses the threshold,
+    and at another one where that still takes away a good part. The crossing is read from a smooth curve through all
+    strengths, each on the items it has, all paired with dense. Rounds go on while the interval is wider than asked.
+    Where an answer is right or wrong, other strengths change other items, and the items are gone through again. The
+    stop looks at the width alone, never at the place, which leaves the interval its coverage.
 
     Args:
         ladder: Strengths from dense on, each sparser than the one before; the first is dense.
@@ -121,6 +121,8 @@ class Search:
         self.columns: dict[float, Column] = {}
         self.spent = 0
         self._ends = boundaries(limits.items)
+        self._turn, self._turns = 1, _TURNS if all(own.bounded for own in thresholds) else 1
+        self._round, self._here = range(0), set[float]()  # the items at hand, and strengths measured on some of them
 
     def run(self) -> Generator[Ask, Column, list[Goal]]:
         """Yield what is to be measured, be sent what came out, return what was found."""
@@ -128,25 +130,35 @@ class Search:
             yield from self._rounds()
         except OutOfBudget:
             for goal in self.goals:
+                if goal.profile is None and self.columns:
+                    self._look(goal)
                 goal.stopped = goal.stopped or "budget"
         return self.goals
 
     def _rounds(self) -> Generator[Ask, Column, None]:
-        items = self._ends[0]
-        yield from self._dense(items)
-        yield from self._climb(items)
+        yield from self._open_round(0, self._ends[0])
+        yield from self._climb()
         while True:
             for goal in self._open():
-                yield from self._settle(goal, items)
+                yield from self._settle(goal)
             for goal in self._open():
                 if goal.profile is not None and self._is_narrow(goal.profile):
                     goal.stopped = "width"
-                elif items == self.limits.items:
+                elif self._round.stop == self.limits.items and self._turn == self._turns:
                     goal.stopped = "items"
             if not self._open():
                 return
-            items = self._next_items(items)
-            yield from self._dense(items)
+            start = self._round.stop
+            if start == self.limits.items:
+                self._turn, start = self._turn + 1, 0
+            yield from self._open_round(start, self._next_stop(start))
+
+    def _open_round(self, start: int, stop: int) -> Generator[Ask, Column, None]:
+        self._round = range(start, stop)
+        self._here = {at for at, own in self.columns.items() if ((own.items >= start) & (own.items < stop)).any()}
+        for block in self._blocks() if self._turn == 1 else []:
+            answer = yield from self._take(Ask(None, *block))
+            self.dense = self.dense.joined(answer) if self.dense else answer
 
     def _is_narrow(self, found: Profile) -> bool:
         """Tell whether a width can be believed: few items may fake a fall, but not one of three standard errors."""
@@ -156,135 +168,113 @@ class Search:
     def _open(self) -> list[Goal]:
         return [goal for goal in self.goals if not goal.stopped]
 
-    def _next_items(self, items: int) -> int:
-        """Return how many items the widest open interval needs, as far as the budget allows."""
-        wanted = max(goal.profile.width for goal in self._open() if goal.profile is not None) / self.limits.width
-        target = items * min(_LEAP, max(_GROWTH, _SPARE * wanted**2))
-        ends = [end for end in self._ends if end > items]
+    def _next_stop(self, start: int) -> int:
+        """Return where the next round ends: by what the narrowest open interval needs, as far as the budget allows."""
+        ends = [end for end in self._ends if end > start]
+        if self._turn > 1:
+            target = start + _QUARTER * self.limits.items
+        else:
+            wanted = min(goal.profile.width for goal in self._open() if goal.profile is not None) / self.limits.width
+            target = start * min(_LEAP, max(_GROWTH, _SPARE * wanted**2))
         chosen = next((end for end in ends if end >= target), ends[-1])
-        if _SPARE * wanted**2 * items > chosen > ends[-1] / 2:
-            chosen = ends[-1]  # no round that would be followed by one little larger
         if self.limits.budget is None:
             return chosen
-        left = self.limits.budget - self.spent
-        fitting = [end for end in ends if end <= chosen and 2 * end - items <= left]
+        left, each = self.limits.budget - self.spent, 2 if self._turn == 1 else 1
+        fitting = [end for end in ends if end <= chosen and each * (end - start) <= left]
         if not fitting:
             raise OutOfBudget
         return fitting[-1]
 
-    def _dense(self, items: int) -> Generator[Ask, Column, None]:
-        for start, stop in self._blocks(len(self.dense) if self.dense else 0, items):
-            block = yield from self._take(Ask(None, start, stop))
-            self.dense = self.dense.joined(block) if self.dense else block
-
-    def _measure(self, strength: float, items: int) -> Generator[Ask, Column, None]:
-        for start, stop in self._blocks(len(self.columns.get(strength, ())), items):
-            block = yield from self._take(Ask(strength, start, stop))
+    def _measure(self, strength: float) -> Generator[Ask, Column, None]:
+        for block in self._blocks():
+            answer = yield from self._take(Ask(strength, *block))
             before = self.columns.get(strength)
-            self.columns[strength] = before.joined(block) if before else block
+            self.columns[strength] = before.joined(answer) if before else answer
+        self._here.add(strength)
 
     def _take(self, ask: Ask) -> Generator[Ask, Column, Column]:
         self.spent += ask.stop - ask.start
         if self.limits.budget is not None and self.spent > self.limits.budget:
             self.spent -= ask.stop - ask.start
             raise OutOfBudget
-        return (yield ask)
+        answer = yield ask
+        return replace(answer, item=np.arange(ask.start, ask.stop))
 
-    def _blocks(self, have: int, items: int) -> list[tuple[int, int]]:
-        ends = [have, *(end for end in self._ends if have < end <= items)]
-        return list(pairwise(ends))
+    def _blocks(self) -> list[tuple[int, int]]:
+        inside = [end for end in self._ends if self._round.start < end <= self._round.stop]
+        return list(pairwise([self._round.start, *inside]))
 
-    def _climb(self, items: int) -> Generator[Ask, Column, None]:
+    def _climb(self) -> Generator[Ask, Column, None]:
         """Go up the ladder until a strength misses every threshold beyond doubt."""
         for strength in self.ladder[1:]:
-            yield from self._measure(strength, items)
-            own = [profile(self._base(items), [self.columns[strength]], goal.threshold) for goal in self.goals]
+            yield from self._measure(strength)
+            own = [profile(self._base(), [self.columns[strength]], goal.threshold) for goal in self.goals]
             if all(each.fails for each in own):
                 return
 
-    def _base(self, items: int) -> Column:
+    def _base(self) -> Column:
         if self.dense is None:
             raise RuntimeError("dense comes first")
-        return self.dense.first(items)
+        return self.dense
 
-    def _settle(self, goal: Goal, items: int) -> Generator[Ask, Column, None]:
-        """Measure strengths on all items of the round until more would not narrow the interval much."""
-        found = self._profile(goal, items)
-        for _ in range(_MOST_AT_LAST if items == self.limits.items else _MOST):
-            if found is not None and self._is_narrow(found):
-                break
-            target = self._target(found, goal, items)
-            strength = None if target is None else self._strength(target, found or goal.profile, items)
+    def _settle(self, goal: Goal) -> Generator[Ask, Column, None]:
+        """Measure strengths on the items at hand until another would not take away much doubt."""
+        found = self._look(goal)
+        for _ in range(_MOST):
+            strength = None if found.crosses and self._is_narrow(found) else self._strength(found)
             if strength is None:
-                break
-            yield from self._measure(strength, items)
-            found = self._profile(goal, items)
-        if found is not None:
-            goal.profile, goal.items = found, items
+                return
+            yield from self._measure(strength)
+            found = self._look(goal)
 
-    def _profile(self, goal: Goal, items: int) -> Profile | None:
-        if all(len(column) < items for column in self.columns.values()):
-            return None
-        return profile(*self.measured(items), goal.threshold, self.ended)
+    def _look(self, goal: Goal) -> Profile:
+        dense, sparse = self.measured(len(self._base()))
+        goal.profile, goal.items = profile(dense, sparse, goal.threshold, self.ended, self._round), len(dense)
+        return goal.profile
 
     def measured(self, items: int) -> tuple[Column, list[Column]]:
-        """Return dense and the strengths that a curve on the first items is read from, ascending in sparsity.
+        """Return dense and the strengths that a curve on the first items is read from.
 
         Args:
-            items: How many; some strength was measured on all of them.
+            items: How many.
         """
-        ordered = sorted(self.columns.values(), key=lambda column: column.sparsity)
-        chosen = [column.first(items) for column in ordered if len(column) * _PART >= items]
-        beyond = [column for column in ordered if column.sparsity > chosen[-1].sparsity][:1]
-        return self._base(items), chosen + beyond
+        columns = [own.first(items) for own in self.columns.values()]
+        return self._base().first(items), [own for own in columns if len(own)]
 
     @property
     def ended(self) -> bool:
         """Whether the sparsest strength there is was measured."""
         return self.ladder[-1] in self.columns
 
-    def _target(self, found: Profile | None, goal: Goal, items: int) -> float | None:
-        """Return the sparsity at which a point is missing, or None where nothing is."""
-        curve, shrunk = found, 1.0
-        if curve is None:
-            curve, shrunk = goal.profile, math.sqrt(goal.items / items)
-        if curve is None:
+    def _strength(self, found: Profile) -> float | None:
+        """Return the strength that is measured next on the items at hand, a known one where it is close."""
+        place = self._place(found)
+        if place is None:
             return None
-        low, high = (curve.estimate + shrunk * (end - curve.estimate) for end in curve.within_reach)
-        last, width = float(curve.points[-1]), max(high - low, self.limits.width / 2)
-        if not curve.fails and not self.ended and high >= last:
-            return _above(curve)
-        if items < self.limits.items and (doubtful := self._doubtful(curve, items)):
-            return doubtful[0]
-        whole = [column.sparsity for column in self.columns.values() if len(column) >= items]
-        lost = sorted([(low - curve.low, low), (curve.high - high, high)], reverse=True)
-        places = [(curve.estimate + _OUT * (end - curve.estimate), _NEAR) for _, end in lost]
-        if items == self.limits.items:
-            places += [(end, _CLOSE) for loss, end in lost if loss > _LOSS * width]
-        for place, reach in places:
-            place = min(place, last)
-            if min((abs(own - place) for own in whole), default=math.inf) > reach * width:
-                return place
-        return None
-
-    def _doubtful(self, curve: Profile, items: int) -> list[float]:
-        """Return measured places below the estimate that may be a miss, and with it the first one."""
-        near = curve.points[(curve.margins < _DOUBT * curve.errors) & (curve.points < curve.estimate)]
-        few = [column.sparsity for column in self.columns.values() if len(column) < items]
-        return sorted(own for own in few if np.isclose(own, near).any())
-
-    def _strength(self, target: float, near: Profile | None, items: int) -> float | None:
-        """Return the strength that gives a sparsity, a measured one where it is close; None where there is no other."""
         order = sorted(self.columns, key=lambda strength: self.columns[strength].sparsity)
-        places = np.array([0.0, *(self.columns[strength].sparsity for strength in order)])
-        width = near.width if near is not None else 0.0
-        for strength, place in zip(order, places[1:], strict=True):
-            if len(self.columns[strength]) < items and abs(place - target) <= _SAME * width:
+        places = [self.columns[strength].sparsity for strength in order]
+        for strength, known in zip(order, places, strict=True):
+            if strength not in self._here and abs(known - place) <= _NEAR * found.width:
                 return strength
-        if target > places[-1] + 1e-9:
+        if place > places[-1] + 1e-9:
             return next((rung for rung in self.ladder[1:] if rung not in self.columns), None)
-        strength = round(float(np.interp(target, places, [self.ladder[0], *order])), 5)
-        return None if strength == self.ladder[0] or len(self.columns.get(strength, ())) >= items else strength
+        strength = round(float(np.interp(place, [0.0, *places], [self.ladder[0], *order])), 5)
+        return None if strength == self.ladder[0] or strength in self._here else strength
+
+    def _place(self, found: Profile) -> float | None:
+        """Return the sparsity at which a point takes away most doubt, or None where none takes away enough."""
+        last = found.points[-1]
+        if not found.fails and not self.ended and found.high >= last:
+            return _above(found)
+        here = np.array([self.columns[strength].sparsity for strength in self._here])
+        width = found.high - found.low
+        least, most = max(found.low - _BESIDE * width, 1e-9), min(found.high + _BESIDE * width, last)
+        near = [n for n, place in enumerate(found.candidates) if least <= place <= most]
+        free = [n for n in near if (abs(here - found.candidates[n]) > _NEAR * width).all()]
+        enough = _LATE_GAIN if self._turn > 1 else _GAIN if self._here else 0.0
+        left = {n: found.doubt(n) for n in free}
+        best = min(free, key=lambda n: left[n], default=None)
+        return None if best is None or left[best] >= (1 - enough) * found.doubt() else float(found.candidates[best])
 
 
 def _above(found: Profile) -> float:

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from dllm_sparsity.analysis.checking import read_record
+from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.curves import achieved
 from dllm_sparsity.analysis.loading import Cell
 from dllm_sparsity.analysis.pairing import pair
-from dllm_sparsity.analysis.profile import Column, Threshold
 from dllm_sparsity.analysis.qualities import SCALES, pairs
 from dllm_sparsity.analysis.search import Goal, Search
 from dllm_sparsity.errors import UserError

@@ -2,34 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-_BENDS = np.geomspace(10.0, 3000.0, 8)
+_BENDS = np.geomspace(20.0, 5000.0, 6)
 """How strongly a curve may bend, in the height of its first point; each is weighed by how well it fits the points."""
+_HASTES = np.array([0.5, 1.25, 2.0])
+"""Powers with which the bend grows along the curve, weighed likewise; half as far as one, it is as `_BENDS` says."""
 _LEAST = 1e-4
-"""Smallest error of a point, in the same unit: keeps points without noise apart."""
+"""Smallest error of a point, in the height of the first: keeps points without noise apart."""
+_APART = 1e-7
+"""Smallest distance of two points."""
+EVERY = 4
+"""One more point is asked about at each so many-th place of the mesh."""
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """A smooth curve, on a mesh.
+
+    Args:
+        mesh: Where it is read.
+        value: The curve there.
+        error: Its standard error.
+        gains: By how much the variance would fall with one more point, (mesh, places).
+    """
+
+    mesh: np.ndarray
+    value: np.ndarray
+    error: np.ndarray
+    gains: np.ndarray
+
+    def error_after(self, place: int) -> np.ndarray:
+        """Return the standard error that one more point would leave.
+
+        Args:
+            place: Number of its place among those asked about.
+        """
+        return np.sqrt(np.maximum(self.error**2 - self.gains[:, place], 0.0))
 
 
 def smooth(
-    place: np.ndarray, height: np.ndarray, covariance: np.ndarray, mesh: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a cubic smoothing spline and its standard error, averaged over how far the curve bends.
+    place: np.ndarray,
+    height: np.ndarray,
+    covariance: np.ndarray,
+    mesh: np.ndarray,
+    more: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Smooth:
+    """Return a cubic smoothing spline and its standard error, averaged over how far the curve bends and where.
 
     Args:
         place: Where the points are, ascending from the first, which sets the scale.
         height: What was measured there.
         covariance: Of the errors of what was measured.
         mesh: Where the curve is wanted.
+        more: Of one more point at every `EVERY`-th place of the mesh: the covariance of its error with those of the
+            points, (points, places), and its variance. None where nobody asks.
 
     Source: Wahba 1978, Improper priors, spline smoothing and the problem of guarding against model errors in
         regression; Nychka 1988, Bayesian confidence intervals for smoothing splines. Differs: the bend is averaged over
-        a range with its restricted likelihood, not chosen, for a few points do not tell it.
+        a range with its restricted likelihood, not chosen, for a few points do not tell it; and it grows along the
+        curve, as little is lost where little is dropped.
     """
     scale = max(abs(float(height[0])), 1e-9)
+    place = place + _APART * np.arange(len(place))
     noise = covariance + np.eye(len(place)) * (_LEAST * scale) ** 2
     trend, ahead = (np.stack([np.ones_like(at), at], axis=1) for at in (place, mesh))
-    among, across = _bend(place, place), _bend(place, mesh)
-    bends = (_BENDS * scale)[:, None, None] ** 2
+    among, across = (np.repeat(_bend(place, at), len(_BENDS), axis=0) for at in (place, mesh))
+    bends = (np.tile(_BENDS, len(_HASTES)) * scale)[:, None, None] ** 2
     whole = noise + bends * among
     inverse = np.linalg.inv(whole)
     information = trend.T @ inverse @ trend
@@ -40,11 +81,22 @@ def smooth(
     lack = ahead - pulled.swapaxes(1, 2) @ trend
     evidence = -(_log(whole) + _log(information) + (rest * (inverse @ rest)).sum((1, 2))) / 2
     means = (ahead @ line + pulled.swapaxes(1, 2) @ rest)[..., 0]
-    variances = bends[..., 0] * (mesh**3 / 3 - (across * pulled).sum(1)) + ((lack @ unsure) * lack).sum(2)
+    own = bends[..., 0] * (_own(mesh) - (across * pulled).sum(1)) + ((lack @ unsure) * lack).sum(2)
     weights = np.exp(evidence - evidence.max())
     weights /= weights.sum()
     value = weights @ means
-    return value, np.sqrt(weights @ (np.maximum(variances, 0) + (means - value) ** 2))
+    error = np.sqrt(weights @ (np.maximum(own, 0.0) + (means - value) ** 2))
+    gains = np.zeros((len(mesh), 0))
+    if more is not None:
+        at = mesh[::EVERY]
+        there = bends * across[:, :, ::EVERY] + more[0]
+        drawn = inverse @ there
+        short = ahead[::EVERY] - drawn.swapaxes(1, 2) @ trend
+        shared = bends * (np.repeat(_bend(mesh, at), len(_BENDS), axis=0) - across.swapaxes(1, 2) @ drawn)
+        shared += lack @ unsure @ short.swapaxes(1, 2)
+        left = bends[..., 0] * _own(at) + more[1] - (there * drawn).sum(1) + ((short @ unsure) * short).sum(2)
+        gains = np.tensordot(weights, shared**2 / np.maximum(left, noise[0, 0])[:, None], 1)
+    return Smooth(mesh, value, error, gains)
 
 
 def _log(matrices: np.ndarray) -> np.ndarray:
@@ -52,6 +104,15 @@ def _log(matrices: np.ndarray) -> np.ndarray:
 
 
 def _bend(here: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Return the covariance of a random curve whose slope is a random walk from zero on."""
-    short, far = np.minimum(here[:, None], there), np.maximum(here[:, None], there)
-    return short**2 * (3 * far - short) / 6
+    """Return the covariance of a random curve whose slope is a random walk from zero on; one for each haste."""
+    both, product, near = here[:, None] + there, here[:, None] * there, np.minimum(here[:, None], there)
+    twice = 2 * _HASTES[:, None, None]
+    walk = product / (twice + 1) - both * near / (twice + 2) + near**2 / (twice + 3)
+    return (2 * near) ** twice * near * walk
+
+
+def _own(at: np.ndarray) -> np.ndarray:
+    """Return the variance of the same curve."""
+    twice = 2 * _HASTES[:, None]
+    walk = 1 / (twice + 1) - 2 / (twice + 2) + 1 / (twice + 3)
+    return np.repeat((2 * at) ** twice * at**3 * walk, len(_BENDS), axis=0)

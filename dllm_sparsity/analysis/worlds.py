@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from dllm_sparsity.analysis.profile import Column, Threshold
+from dllm_sparsity.analysis.column import Column, Threshold
 
 _WAVES = 3
 _PHI = np.vectorize(NormalDist().cdf, otypes=[float])
@@ -106,7 +106,7 @@ class Sample:
         """
         if strength not in self._columns:
             self._columns[strength] = self._column(strength)
-        return self._columns[strength].between(start, stop)
+        return self._columns[strength].at(np.arange(start, stop))
 
     def _column(self, strength: float) -> Column:
         angles = strength * np.array([3.0, 11.0, 29.0])[:, None]

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_sparsity.analysis.profile import Column, Threshold, profile
+from dllm_sparsity.analysis.column import Column, Threshold
+from dllm_sparsity.analysis.profile import profile
 from dllm_sparsity.analysis.search import LADDER, Limits, Search, boundaries
 
 
@@ -42,13 +43,19 @@ def test_a_search_ends(curve, bounded, items, budget, width):
     column = measured(curve, bounded, items)
     thresholds = [Threshold(own, not bounded, bounded) for own in (0.9, 0.99)]
     search = Search(LADDER, thresholds, Limits(width, items, budget))
-    asks, have, spent = search.run(), {}, 0
+    asks, asked, dense, spent = search.run(), set(), 0, 0
+    edges = [0, *boundaries(items)]
     try:
         ask = next(asks)
         while True:
-            assert ask.start == have.get(ask.strength, 0)
-            assert ask.stop in boundaries(items)
-            have[ask.strength], spent = ask.stop, spent + ask.stop - ask.start
+            assert ask.stop == edges[edges.index(ask.start) + 1]
+            assert ask not in asked
+            if ask.strength is None:
+                assert ask.start == dense
+                dense = ask.stop
+            assert ask.stop <= dense
+            asked.add(ask)
+            spent += ask.stop - ask.start
             ask = asks.send(column(ask.strength or 0.0, ask.start, ask.stop))
     except StopIteration as end:
         goals = end.value

@@ -10,10 +10,10 @@ import pytest
 
 from dllm_sparsity.analysis.allocated import Searched, compared, nearest_strength, overlap_words, sensitivity
 from dllm_sparsity.analysis.allocation import allocate, path_of, strengths_at, targets
+from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.findings import allocation_findings
 from dllm_sparsity.analysis.grouping import groups_of
 from dllm_sparsity.analysis.loading import Cell
-from dllm_sparsity.analysis.profile import Column, Threshold
 from dllm_sparsity.analysis.search import LADDER, Limits, Search
 from dllm_sparsity.analysis.slopes import slopes_of
 from dllm_sparsity.sparsity.rules.layerwise import Layerwise
