@@ -98,8 +98,7 @@ class CellJournal:
         for place, counted in self._source.counted(missing, compute):
             if counted.answer is not None:
                 wall = time.perf_counter() - started - (self._source.others_seconds - others)
-                self._append(works[place].key, counted, counted.answer, wall)
-                self._count(counted)
+                self._write(works[place].key, counted, counted.answer, wall)
                 yield place, counted.answer
             started, others = time.perf_counter(), self._source.others_seconds
 
@@ -138,6 +137,10 @@ class CellJournal:
             numbers.pop()
         elif counted.answer is not None:
             self._append(key, counted, counted.answer, wall)
+
+    def _write(self, key: str, counted: Counted, answer: Answer, wall: float) -> None:
+        self._append(key, counted, answer, wall)
+        self._count(counted)
 
     def _append(self, key: str, counted: Counted, answer: Answer, wall: float) -> None:
         entry = {
