@@ -38,12 +38,12 @@ def dry_run(config: StudyConfig, as_json: bool, engine: Engine, gate: Gate | Non
     from dllm_sparsity.cli.silence import silence
     from dllm_sparsity.study.dry_run import dry_run as find_out
     from dllm_sparsity.study.engines.ahead import workers_ahead
-    from dllm_sparsity.study.plan import expand
+    from dllm_sparsity.study.plan import expand, stack_sizes
     from dllm_sparsity.study.track import check_tracker
 
     if track is not None:
         check_tracker(track)
-    workers = workers_ahead(engine, config, len(expand(config)))
+    workers = workers_ahead(engine, config, len(stack_sizes(expand(config))))
     with _Telling() as tell, silence():
         found = find_out(config, tell)
     if gate is not None and all(part.work is not None for part in found.parts):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +131,7 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
 def _model(
     model: ModelConfig, cells: dict, tasks: dict, config: StudyConfig, found: DryRun, tell: Callable[[str], None]
 ) -> None:
-    planner, price, why, size = None, None, "", model.stack
+    planner, price, why, stacked = None, None, "", False
     curves = sum(len(rule.sites) for rule in config.rules)
     searched = round(plan.SEARCH_PASSES * curves) if config.search is not None else 0
     searched *= 2 if config.search is not None and config.search.layerwise else 1
@@ -140,7 +139,6 @@ def _model(
         architecture = find_architecture(resolve(model.model), model.revision)
         built = build(architecture, model.trust_remote_code)
         ffns = find_ffns(built)
-        size = 1 if any(ffn.experts for ffn in ffns) else size
         price = costs(built, ffns, architecture.config, BYTES[model.dtype])
         found.models[model.name] = {
             "gated": all(ffn.gated for ffn in ffns),
@@ -149,6 +147,7 @@ def _model(
             "flops": None if price.ffn is None else price.ffn + price.rest + price.head,
         }
         planner = make_planner(model, built, architecture.config, _tokenizer(model), config.seed)
+        stacked = planner.stacks and not any(ffn.experts for ffn in ffns)
     except UserError as error:
         why = error.message
     made: list[tuple[Part, list, list]] = []
@@ -157,7 +156,7 @@ def _model(
         for task in [None] if isinstance(loaded, UserError) else loaded:
             name = task.name if task is not None else str(spec.name or spec.text)
             why_not = loaded.message if isinstance(loaded, UserError) else why
-            stacks = _stacks(own, size)
+            stacks = plan.stack_sizes(own) if stacked else [1] * len(own)
             most = max(stacks, default=1)
             part = Part(model.name, model.paradigm, name, len(own), len(own) + searched, len(stacks) + searched, most)
             part.why = why_not
@@ -194,13 +193,6 @@ def has_accuracy(task: LoadedTask) -> bool:
     if task.output_type in ("multiple_choice", "loglikelihood_rolling"):
         return task.output_type == "multiple_choice"
     return any(_ACCURACY.search(name) for name in task.task.higher_is_better())
-
-
-def _stacks(cells: list[plan.Cell], size: int) -> list[int]:
-    """Return how many cells share each stack's forward passes."""
-    curves = Counter(repr((cell.rule, cell.site)) for cell in cells if plan.stacks(cell))
-    alone = [1 for cell in cells if not plan.stacks(cell)]
-    return alone + [min(size, count - start) for count in curves.values() for start in range(0, count, size)]
 
 
 def detectable(items: int) -> float:

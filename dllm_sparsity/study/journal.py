@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -93,10 +94,13 @@ class CellJournal:
                 missing.append((place, work))
             else:
                 yield place, known
+        started, others = time.perf_counter(), self._source.others_seconds
         for place, counted in self._source.counted(missing, compute):
             if counted.answer is not None:
-                self._write(works[place].key, counted, counted.answer)
+                wall = time.perf_counter() - started - (self._source.others_seconds - others)
+                self._write(works[place].key, counted, counted.answer, wall)
                 yield place, counted.answer
+            started, others = time.perf_counter(), self._source.others_seconds
 
     def _known(self, key: str) -> Answer | None:
         """Return the answer of a batch where the journal has it, and count what was counted in it."""
@@ -114,15 +118,16 @@ class CellJournal:
         counts = {_item(item): {site: (k, t) for site, k, t in sites} for item, sites in entry["items"]}
         self._count(Counted(found, _unpacked(table), counts, tuple(entry["notes"]), entry["overlap_refused"]))
         self.replayed += 1
-        self.replayed_seconds += found.seconds
+        self.replayed_seconds += entry["wall"]
         return found
 
-    def add(self, key: str, counted: Counted) -> None:
+    def add(self, key: str, counted: Counted, wall: float) -> None:
         """Write down a batch that was answered while another cell was run; it is counted when this one is.
 
         Args:
             key: Of the batch; one that the journal has already is left as it is.
             counted: The batch.
+            wall: This cell's part of the seconds that went by; where several workers are busy, fewer than theirs.
 
         Raises:
             UserError: The disk is full or cannot be written to.
@@ -131,18 +136,19 @@ class CellJournal:
         if numbers:
             numbers.pop()
         elif counted.answer is not None:
-            self._append(key, counted, counted.answer)
+            self._append(key, counted, counted.answer, wall)
 
-    def _write(self, key: str, counted: Counted, answer: Answer) -> None:
-        self._append(key, counted, answer)
+    def _write(self, key: str, counted: Counted, answer: Answer, wall: float) -> None:
+        self._append(key, counted, answer, wall)
         self._count(counted)
 
-    def _append(self, key: str, counted: Counted, answer: Answer) -> None:
+    def _append(self, key: str, counted: Counted, answer: Answer, wall: float) -> None:
         entry = {
             "key": key,
             "kind": type(answer.results[0]).__name__ if answer.results else "",
             "results": [asdict(result) for result in answer.results],
             "seconds": answer.seconds,
+            "wall": wall,
             "items": [
                 [item, [[site, kept, total] for site, (kept, total) in sites.items()]]
                 for item, sites in counted.per_item.items()

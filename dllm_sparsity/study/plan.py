@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,6 +137,21 @@ def stacks(cell: Cell) -> bool:
         cell: The cell.
     """
     return cell.rule is not None and cell.block is None and not cell.probe
+
+
+def stack_sizes(cells: Sequence[Cell]) -> list[int]:
+    """Return how many cells share the forward passes of each stack, as their models' `stack` says.
+
+    Args:
+        cells: The cells.
+    """
+    curves: dict[Hashable, list[Cell]] = {}
+    for number, cell in enumerate(cells):
+        rule = cell.rule and cell.rule.model_copy(update={"strengths": ()})
+        curve = repr((cell.model, cell.task, rule, cell.site)) if stacks(cell) else number
+        curves.setdefault(curve, []).append(cell)
+    each = ((len(own), own[0].model.stack) for own in curves.values())
+    return [min(size, count - start) for count, size in each for start in range(0, count, size)]
 
 
 def fingerprint(parts: dict[str, Any]) -> str:

@@ -225,9 +225,10 @@ class _Shared:
         """
         asked, started = dict(works), time.perf_counter()
         for number, (mine, *others) in self._source.counted(works):
+            wall = (time.perf_counter() - started) / (1 + len(others))
             for journal, counted in zip(self.journals, others, strict=True):
                 if isinstance(counted, Counted):
-                    journal.add(asked[number].key, counted)
+                    journal.add(asked[number].key, counted, wall)
             if isinstance(mine, NonFiniteError):
                 raise mine
             self.others_seconds += (time.perf_counter() - started) * len(others) / (1 + len(others))

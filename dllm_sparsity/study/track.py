@@ -121,14 +121,22 @@ class Tracking:
     def _read_before(self) -> dict[str, Any]:
         """Return which cells and what of the study the package was told before."""
         try:
-            kept = json.loads((self._path / _KEPT).read_bytes())[self._named]
+            kept = self._kept()[self._named]
             return {"cells": list(kept["cells"]), "study": dict(kept["study"])}
-        except (OSError, ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError):
             return {"cells": [], "study": None}
+
+    def _kept(self) -> dict[Any, Any]:
+        """Return what each package was told, as it was written down; nothing where that is no such file."""
+        try:
+            found = json.loads((self._path / _KEPT).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _keep(self, numbers: dict[str, float]) -> None:
         """Write down what the package was told; half of a file is read as none."""
-        told = {self._named: {"cells": sorted(self._told), "study": numbers}}
+        told = {**self._kept(), str(self._named): {"cells": sorted(self._told), "study": numbers}}
         (self._path / _KEPT).write_text(json.dumps(told, indent=1), encoding="utf-8")
 
     def _open(self) -> None:

@@ -11,7 +11,9 @@ from test_resume import Stop, killed, moments, numbers, without_seconds
 
 import dllm_sparsity.lm.base as base
 from dllm_sparsity import compare
-from dllm_sparsity.study.engines import Engine
+from dllm_sparsity.study.config import build_config
+from dllm_sparsity.study.engines import Engine, Share
+from dllm_sparsity.study.engines.runner import Silent, run_study
 from dllm_sparsity.study.journal import CellJournal
 from dllm_sparsity.study.recordfile import RecordFile
 
@@ -201,6 +203,19 @@ def test_workers_answer_for_several_strengths(asked, stacked, tmp_path, monkeypa
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     compare(asked(4), tmp_path / "run", engine=Engine(workers=2))
     assert_same(cells(tmp_path / "run"), cells(stacked))
+
+
+def test_parts_of_a_study_hold_whole_stacks(asked, tmp_path, batches):
+    """As jobs of SLURM run them: what shares forward passes is not torn apart."""
+    study = asked(4, models=slice(1))
+    study["tasks"] = study["tasks"][:1]
+    config = build_config(study)
+    for number in range(2):
+        run_study(config, tmp_path / str(number), Silent(), share=Share(number, 2)).release()
+    assert set(batches) == {1, 4}
+    sealed = [cells(tmp_path / str(number)) for number in range(2)]
+    assert not sealed[0].keys() & sealed[1].keys()
+    assert {key[3] for own in sealed for key in own} == {None, *STRENGTHS}
 
 
 def test_experts_run_one_strength_at_a_time(asked, tmp_path, batches, caplog):

@@ -167,6 +167,24 @@ def test_a_package_that_was_told_all_is_not_opened_again(small, told, tmp_path, 
     assert calls == ["init", *["log"] * 9, "x"]
 
 
+def test_what_one_package_was_told_is_not_forgotten_for_another(small, told, tmp_path, monkeypatch):
+    """Stand-ins, as above."""
+    import shutil
+    from types import SimpleNamespace
+
+    calls = []
+    for name in ("trackio", "wandb"):
+        fake = SimpleNamespace(
+            init=lambda name=name, **_: calls.append(name), log=lambda _: None, finish=lambda: None, Settings=dict
+        )
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.setattr("dllm_sparsity.study.track.find_spec", lambda name: name)
+    path = shutil.copytree(told[1].path, tmp_path / "run")
+    for name in ("trackio", "wandb", "trackio", "wandb"):
+        compare(small, path, track=name)
+    assert calls == ["trackio", "wandb"]
+
+
 def on_command_line(small, tmp_path, name, environment):
     import yaml
 

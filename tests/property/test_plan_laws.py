@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.engines.planner import Job, together
-from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint, probe_cell, with_block
+from dllm_sparsity.study.plan import Cell, cell_parts, expand, fingerprint, probe_cell, stack_sizes, with_block
 
 SITES = ("input", "gate", "up", "intermediate", "all")
 WEIGHTS, TASK, VERSIONS = {"model.safetensors": "1"}, {"name": "t", "documents": "d"}, {"torch": "2"}
@@ -219,6 +219,7 @@ def test_stacks_hold_cells_that_differ_in_strength_alone(study, size):
         assert len({(job.cell.model, job.cell.task, job.cell.site) for job in stack}) == 1
         assert len({job.cell.strength for job in stack}) == len(stack)
         assert stack[0].cell.rule is not None or len(stack) == 1
+    assert sorted(map(len, stacks)) == sorted(stack_sizes([job.cell for job in jobs]))
     if size == 1:
         assert [stack[0] for stack in stacks] == jobs
     full = sum(-(-len(rule.strengths) // size) * len(rule.sites) for rule in distinct(study.rules))
@@ -240,3 +241,11 @@ def test_a_stack_is_another_batch_plan_of_a_grid_alone():
         assert mark(change(sparse[0])) == mark(change(sparse[1]))
     dense = [Cell(model, task, None, None, None, ("input",)) for model in (one, more)]
     assert mark(dense[0]) == mark(dense[1])
+
+
+def test_strengths_of_one_rule_given_in_two_places_share_forward_passes():
+    rules = tuple(RuleConfig(name="top_p", strengths=own, sites=("all",)) for own in ((0.9, 0.8), (0.7,)))
+    model = ModelConfig(paradigm="autoregressive", model="m", stack=4)
+    cells = expand(StudyConfig(models=(model,), tasks=(TaskSpec(name="t"),), rules=rules))
+    stacks = together([Job(cell, None, mark(cell), parts(cell)) for cell in cells])
+    assert [len(stack) for stack in stacks] == stack_sizes(cells) == [1, 3]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from autoregressive.backend import AutoregressiveBackend
 from dllm_sparsity.families import find_ffns
 from dllm_sparsity.sparsity.sparsifier import sparsify
 from dllm_sparsity.study import dry_run as module
@@ -149,7 +150,7 @@ def test_a_probe_leaves_the_study_timed_and_the_disk_as_it_was(material, study, 
     assert not list(tmp_path.iterdir())
 
 
-def test_strengths_that_share_forward_passes_make_fewer_and_take_more_memory(material):
+def test_strengths_that_share_forward_passes_make_fewer_and_take_more_memory(material, monkeypatch):
     def dry_run(stack):
         fields = {
             "models": [{"paradigm": "autoregressive", "model": str(material / "ar"), "stack": stack}],
@@ -164,3 +165,6 @@ def test_strengths_that_share_forward_passes_make_fewer_and_take_more_memory(mat
     assert (stacked.cells, stacked.runs, stacked.passes, stacked.stack) == (11, 11, 1 + 2 * 2, 4)
     assert stacked.peak > alone.peak
     assert stacked.flops == alone.flops
+    monkeypatch.setattr(AutoregressiveBackend, "stacks", False)  # as of a backend of one's own
+    found = dry_run(4)
+    assert (found.passes, found.stack, found.peak) == (11, 1, alone.peak)

@@ -1,5 +1,8 @@
 """Cells answered at once: what each gets, and what one that breaks leaves the others."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -11,9 +14,10 @@ from dllm_sparsity.sparsity.reading import NonFiniteError
 from dllm_sparsity.study.attached import LocalHost
 from dllm_sparsity.study.config import ModelConfig, RuleConfig
 from dllm_sparsity.study.counted import Counted
+from dllm_sparsity.study.journal import CellJournal
 from dllm_sparsity.study.models import open_backend
 from dllm_sparsity.study.setting import Setting
-from dllm_sparsity.study.stacked import StackedHere, why_alone
+from dllm_sparsity.study.stacked import Fellow, LeadHost, StackedHere, why_alone
 
 WORKS = [
     Work([Target(("t", n), [5, 6, 7 + n], [8, 9]) for n in range(3)], True),
@@ -82,3 +86,36 @@ def test_why_strengths_run_one_at_a_time(material):
     with pytest.raises(UserError, match="no such layers"):
         why_alone(open_backend(asked.model, "cpu", 0), settings(material / "ar", [0.9], layers=(9,))[0])
     assert "object" in why_alone(object(), asked)
+
+
+class Workers:
+    """Two workers that are busy for an hour with each batch, and answer all at once, as seen from here."""
+
+    checked = True
+
+    def __init__(self, lm, asked):
+        self._here, self.lm, self.clock = StackedHere(lm, asked), lm, lm.clock
+
+    def stacked(self, asked):
+        return nullcontext(self)
+
+    def counted(self, works):
+        for number, each in self._here.counted(works):
+            yield number, [replace(own, answer=replace(own.answer, seconds=3600.0)) for own in each]
+
+
+def test_the_clock_of_a_cell_that_others_filled_is_not_its_workers_time(material, tmp_path):
+    asked = settings(material / "ar", [0.9, 0.6])
+    host = Workers(open_backend(asked[0].model, "cpu", 0), asked)
+    with LeadHost(host, [Fellow(asked[1], "other", tmp_path / "other")]).attached(asked[0]) as shared:
+        journal = CellJournal(tmp_path / "own", "own", shared)
+        assert len(list(journal.answers(WORKS, host.lm.compute))) == 2
+        journal.close()
+    times = []
+    for name in ("own", "other"):
+        journal = CellJournal(tmp_path / name, name, shared)
+        replayed = [answer for _, answer in journal.answers(WORKS, host.lm.compute)]
+        assert [answer.seconds for answer in replayed] == [3600.0, 3600.0]
+        times.append(journal.replayed_seconds)
+        journal.close()
+    assert 0 < max(times) < 60

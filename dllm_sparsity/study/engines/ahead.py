@@ -14,7 +14,7 @@ def workers_ahead(engine: Engine, config: StudyConfig, cells: int) -> int | None
     Args:
         engine: Who is to answer.
         config: The study.
-        cells: Cells that it plans.
+        cells: Cells that it plans; those that share forward passes are one.
 
     Raises:
         UserError: The run would refuse the engine: an extra, a device or GPUs are missing.

@@ -149,7 +149,7 @@ class Pool:
                     if deaths[number] >= _DEATHS:
                         raise UserError(
                             f"a batch of {_size(work)} killed {_DEATHS} workers",
-                            "most likely memory: lower batch_size, or give each worker more",
+                            "most likely memory: lower batch_size or stack, or give each worker more",
                         ) from error
                     waiting.appendleft((number, work))
                 else:

@@ -96,7 +96,8 @@ def run_study(
             elif engine.kind == "slurm":
                 described["device"] = slurm.device_of(engine, config.device)
             planner = Planner(config, described["device"].partition(":")[0])
-            jobs = share.of(planner.all())
+            stacks = together(planner.all())
+            jobs = [job for stack in share.of(stacks) for job in stack]
         runner = _Runner(config, rundir, described, progress, planner, engine, pool)
         runner.plan(jobs)
         if config.search is None and share.parts == 1:  # a search may ask for its cells again, another part for its own
@@ -112,7 +113,7 @@ def run_study(
             progress.cell("SLURM", total + expected)
             asked = config.model_copy(update={"device": described["device"]})
             with quiet(rundir.log):
-                slurm.run(asked, rundir, searches, engine, max(len(jobs), len(pairs)), progress.share)
+                slurm.run(asked, rundir, searches, engine, max(len(stacks), len(pairs)), progress.share)
             open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
         left = {job.fingerprint for job in open_jobs}
         for model in config.models:

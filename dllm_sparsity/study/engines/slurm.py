@@ -80,7 +80,7 @@ def count_jobs(engine: Engine, cells: int) -> int:
 
     Args:
         engine: How many are asked for.
-        cells: Cells and searches that the study has; there are not more jobs.
+        cells: Cells, those that share forward passes as one, and searches that the study has; there are not more jobs.
     """
     return min(engine.workers or _JOBS, max(1, cells))
 
@@ -95,7 +95,7 @@ def run(
         rundir: Where the cells go.
         searches: As in `run_study`.
         engine: How many jobs, and what each asks for.
-        cells: Cells and searches that the study has; there are not more jobs.
+        cells: Cells, those that share forward passes as one, and searches that the study has; there are not more jobs.
         told: Called with (jobs done, jobs in all).
 
     Raises:
