@@ -26,6 +26,11 @@ class JoinedCell(Cell):
 
     blocks: tuple[Cell, ...] = ()
 
+    @property
+    def places(self) -> list[list[int]]:
+        """Return which items the blocks hold: the first of each, and one behind the last."""
+        return [block.record["parts"]["block"] for block in self.blocks]
+
     @cached_property
     def samples(self) -> pa.Table:
         """Return one row per item."""
@@ -40,7 +45,7 @@ class JoinedCell(Cell):
 def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
     """Return cells with blocks joined, and searches on the dense cells they start from.
 
-    Of a search, the strengths are kept that were measured on all items of its last round; the others are in its path.
+    Of a search, the strength is kept that was measured on most items, and others on the same ones; all are in its path.
     Where a dense cell of all items was run as well, it stands for the search's own.
 
     Args:
@@ -50,30 +55,29 @@ def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
     whole = [cell for cell in cells if not is_block(cell)]
     found = blocks_of(cells)
     dense = {_place(cell) for cell in whole if cell.record["dense"] and not cell.record.get("replicate")}
-    needed = {_curve(answer): answer["items"] for answer in sorted(answers, key=lambda own: -own["items"])}
-    most: dict[str, int] = {}
+    best: dict[str, JoinedCell] = {}
     for cell in found:
         if not cell.record["dense"]:
-            most[_curve(cell.record)] = max(most.get(_curve(cell.record), 0), cell.record["items"])
+            before = best.get(_curve(cell.record))
+            if before is None or cell.record["items"] > before.record["items"]:
+                best[_curve(cell.record)] = cell
     for cell in found:
-        curve = _curve(cell.record)
-        enough = cell.record["items"] >= min(needed.get(curve, most.get(curve, 0)), most.get(curve, 0))
         if cell.record["dense"]:
             whole += [] if _place(cell) in dense else [cell]
-        elif enough:
+        elif cell.places == best[_curve(cell.record)].places:
             whole.append(cell)
     return [_with_answers(cell, answers) for cell in whole]
 
 
 def blocks_of(cells: Sequence[Cell]) -> list[JoinedCell]:
-    """Return the blocks of each setting as one cell, as far as they follow each other.
+    """Return the blocks of each setting as one cell.
 
     Args:
-        cells: Sealed cells; what is no block is passed over.
+        cells: Sealed cells; what is no block of a curve is passed over.
     """
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
-        if is_block(cell):
+        if is_block(cell) and not is_probe(cell):
             grouped.setdefault(_setting(cell), []).append(cell)
     return [_join(group) for group in grouped.values()]
 
@@ -110,7 +114,7 @@ def _join(blocks: list[Cell]) -> JoinedCell:
     ordered = sorted(blocks, key=lambda cell: cell.record["parts"]["block"])
     chain = [ordered[0]]
     for cell in ordered[1:]:
-        if cell.record["parts"]["block"][0] == chain[-1].record["parts"]["block"][1]:
+        if cell.record["parts"]["block"][0] >= chain[-1].record["parts"]["block"][1]:
             chain.append(cell)
     record = dict(chain[0].record)
     record["items"] = sum(cell.record["items"] for cell in chain)

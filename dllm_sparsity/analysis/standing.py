@@ -22,10 +22,9 @@ def standing(search: Any, cells: Sequence[Cell]) -> tuple[Any, tuple[str, ...]]:
     """
     answers = search.get("curves", []) if isinstance(search, dict) else []
     reached: dict[str, int] = {}
-    for cell in blocks_of([cell for cell in cells if not is_probe(cell)]):
+    for cell in blocks_of(cells):
         key = _key(cell.record, cell.record["strength"], cell.record["layers"])
-        begins = cell.record["parts"]["block"][0]
-        reached[key] = max(reached.get(key, 0), 0 if begins else cell.record["items"])
+        reached[key] = max(reached.get(key, 0), cell.record["items"])
     alone = {_key(cell.record, cell.record["strength"], cell.record["layers"]) for cell in cells if is_probe(cell)}
     whole = [answer for answer in answers if _is_measured(answer, reached)]
     kept = [_with_allocation(answer, whole, alone) for answer in whole]

@@ -15,7 +15,7 @@ from dllm_sparsity.study.records import PRIMITIVE_SITES
 
 _ALL = ("input", "intermediate")
 
-SEARCH_PASSES = 4.0
+SEARCH_PASSES = 3.0
 """How often a search goes through the items of a curve, dense included: what simulated ones take on average."""
 
 

@@ -88,7 +88,26 @@ def test_groups_are_counted_together():
     assert found.errors[1] == pytest.approx(2 * alone.errors[1])
 
 
-def test_a_place_that_may_be_a_miss_is_measured_again():
+def test_items_that_were_measured_near_by_tell_less_than_new_ones():
+    sample = BY_NAME["accuracy, 95 % kept"].draw(0)
+    dense = sample.column(0.0, 0, 1000)
+    sparse = [sample.column(strength, 0, 500) for strength in (0.1, 0.3, 0.5, 0.8)]
+    threshold = sample.world.threshold
+    old, new = (profile(dense, sparse, threshold, block=block) for block in (range(500), range(500, 1000)))
+    assert old.doubt() == new.doubt()
+    near = int(np.abs(new.candidates - old.points[3]).argmin())
+    assert new.doubt(near) < old.doubt(near) < old.doubt()
+
+
+def test_a_sample_of_items_takes_those_that_are_there():
+    numbers = np.array([5, 2, 9])
+    own = Column(numbers * 1.0, np.ones(3), np.ones(3), np.ones(3), item=numbers)
+    drawn = own.drawn(np.array([9, 1, 5, 9]))
+    assert drawn.height.tolist() == [9, 5, 9]
+    assert drawn.items.tolist() == [0, 2, 3]
+
+
+def test_an_early_place_that_may_be_a_miss_is_in_the_interval():
     world = BY_NAME["NLL, to and fro"]
     found = 0
     for seed in range(12, 28):
@@ -162,7 +181,7 @@ def test_a_curve_that_never_fails_ends_at_the_range():
     ("name", "dearest"),
     [
         ("accuracy, few items", 26 / 6),
-        ("accuracy, groups of 4", 5.0),
+        ("accuracy, groups of 4", 26 / 6),
         ("NLL, monotone", 26 / 6),
         ("NLL, dip and recovery", 26 / 6),
         ("NLL, never fails", 0.6),
