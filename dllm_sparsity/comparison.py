@@ -165,6 +165,8 @@ class Searches:
         first = boundaries(items)[0]
         folder = yield with_block(block_cell(self.study, model, spec, (rule, site), None), 0, first)
         curve = SearchedCurve(open_cell(folder), asked.quality, site)
+        layers = None if rule.layers is None else list(rule.layers)  # said anew by the first sparse cell
+        curve.setting = {"rule": rule.name, "rule_parameters": rule.parameters, "layers": layers}
         limits = Limits(asked.width, items, asked.budget)
         search = Search(ladder_of(rule), [curve.threshold(own) for own in asked.retentions], limits)
         asks = search.run()

@@ -130,8 +130,6 @@ class Search:
             yield from self._rounds()
         except OutOfBudget:
             for goal in self.goals:
-                if goal.profile is None and self.columns:
-                    self._look(goal)
                 goal.stopped = goal.stopped or "budget"
         return self.goals
 

@@ -95,6 +95,13 @@ def test_a_spent_budget_is_told(material, tmp_path):
     assert "shown by NLL" not in on_terminal(result.summary)
 
 
+def test_a_budget_for_dense_alone_is_told(material, tmp_path):
+    result = compare(make(material, quality="nll", budget=7), tmp_path / "run")
+    assert "no curve yet" in on_terminal(result.summary)
+    (answer,) = json.loads((tmp_path / "run" / "search.json").read_text())["curves"]
+    assert (answer["rule"], answer["value"], answer["evaluations"]) == ("top_p", None, 6)
+
+
 def test_an_unfinished_search_says_so_and_shows_its_own_quality(material, tmp_path):
     study = make(material)  # on accuracy, which the embedded model has
     study["models"] = [{"paradigm": "autoregressive", "model": "embedded:autoregressive", "batch_size": 32}]

@@ -65,8 +65,9 @@ def assert_same(one, other):
             exact = ("doc_id", "prompt_hash", "answer", "answer_tokens", "nfe", "new_tokens", "target_tokens")
             counts = [name for name in mine if name.startswith(("kept_", "total_"))]
             assert [mine[name] for name in (*exact, *counts)] == [theirs[name] for name in (*exact, *counts)]
-            for name in ("loglikelihoods", "loglikelihood_errors"):
-                assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6)
+            assert mine["loglikelihoods"] == pytest.approx(theirs["loglikelihoods"], rel=1e-5, abs=1e-6)
+            errors = "loglikelihood_errors"  # of differences between masks, which rounding moves more
+            assert mine[errors] == pytest.approx(theirs[errors], rel=1e-3, abs=1e-6)
         assert record["notes"] == record_there["notes"]
         assert record["ffn"] == record_there["ffn"]
 
