@@ -124,12 +124,12 @@ def load(run_dir: str | Path) -> Run:
             f"the files of all {len(damaged)} finished cells of {run_dir} are damaged; the first is {damaged[0]}",
             "run dllm-sparsity compare again: it computes damaged cells anew",
         )
-    from dllm_sparsity.analysis.blocks import is_probe, joined
+    from dllm_sparsity.analysis.blocks import joined
     from dllm_sparsity.analysis.standing import standing
 
     search, unfounded = standing(_maybe_json(path / "search.json"), found)
     answers = search.get("curves", []) if isinstance(search, dict) else []
-    cells = sorted(joined([cell for cell in found if not is_probe(cell)], answers), key=_order)
+    cells = sorted(joined(found, answers), key=_order)
     return Run(
         path=path,
         cells=tuple(cells),

@@ -41,6 +41,10 @@ class _Row(NamedTuple):
     changed: float
     own: np.ndarray
 
+    @property
+    def items(self) -> int:
+        return int(self.own.sum())
+
 
 @dataclass(frozen=True)
 class Margins:
@@ -75,7 +79,7 @@ class Margins:
         Returns:
             Arrays of (points, places) and (places,).
         """
-        items = np.array([row.own.sum() for row in self._rows])
+        items = np.array([row.items for row in self._rows])
         known = (items > 0) & (self._variance > 0) & (self.place > 0)
         if not known.any():
             return np.zeros((len(items), len(at))), np.zeros(len(at))
@@ -85,8 +89,7 @@ class Margins:
         seen = [number for number, row in enumerate(self._rows) if row.own[block.start]]
         ends = np.array([0.0, *self.place[seen]])
         pulls = np.stack([np.zeros(len(block)), *(self._rows[n].pull[within] * items[n] for n in seen)]) / len(block)
-        right = np.clip(np.searchsorted(ends, at), 1, max(len(ends) - 1, 1))
-        right = np.minimum(right, len(ends) - 1)
+        right = np.minimum(np.maximum(np.searchsorted(ends, at), 1), len(ends) - 1)
         left = np.maximum(right - 1, 0)
         share = np.clip((at - ends[left]) / np.maximum(ends[right] - ends[left], 1e-9), 0, 1)[:, None]
         between = (1 - share) * pulls[left] + share * pulls[right]
@@ -160,7 +163,7 @@ def _pooled(place: np.ndarray, noise: np.ndarray, rows: Sequence[_Row]) -> np.nd
     A few items that lost little also vary little; weighed by their own variance they would count for too much.
     """
     variance, changed = (noise**2).sum(1), np.array([row.changed for row in rows])
-    items = np.array([row.own.sum() for row in rows])
+    items = np.array([row.items for row in rows])
     noisy = (items > 0) & (variance + changed > 0) & (place > 0)
     if noisy.sum() < 2:
         return variance + changed

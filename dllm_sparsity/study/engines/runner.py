@@ -96,8 +96,8 @@ def run_study(
             elif engine.kind == "slurm":
                 described["device"] = slurm.device_of(engine, config.device)
             planner = Planner(config, described["device"].partition(":")[0])
-            stacks = together(planner.all())
-            jobs = [job for stack in share.of(stacks) for job in stack]
+            stacks = share.of(together(planner.all()))
+            jobs = [job for stack in stacks for job in stack]
         runner = _Runner(config, rundir, described, progress, planner, engine, pool)
         runner.plan(jobs)
         if config.search is None and share.parts == 1:  # a search may ask for its cells again, another part for its own
@@ -118,8 +118,9 @@ def run_study(
         left = {job.fingerprint for job in open_jobs}
         for model in config.models:
             runner.forget()
-            for stack in together([job for job in jobs if job.cell.model == model]):
-                runner.run_all([job for job in stack if job.fingerprint in left])
+            for stack in stacks:
+                if stack[0].cell.model == model:
+                    runner.run_all([job for job in stack if job.fingerprint in left])
             for spec, task in (pair[1:] for pair in pairs if pair[0] == model):
                 for search in searches(model, spec, task) if searches is not None else ():
                     runner.drive(search, task)
