@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dllm_sparsity.analysis.critical import RETENTIONS
-from dllm_sparsity.analysis.curves import Curve, Interval, Reading
+from dllm_sparsity.analysis.curves import Curve
+from dllm_sparsity.analysis.readings import Interval, Reading
 from dllm_sparsity.analysis.statistics import percentile_interval, smallest_detectable
 
 

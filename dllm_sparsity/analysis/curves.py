@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from statistics import NormalDist
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +15,16 @@ from dllm_sparsity.analysis.grouping import Group, groups_of
 from dllm_sparsity.analysis.loading import Cell
 from dllm_sparsity.analysis.pairing import Key, item_groups, pair
 from dllm_sparsity.analysis.qualities import SCALES, Pairs, Scale, numbers, pairs
+from dllm_sparsity.analysis.readings import (
+    OTHER_RETENTION,
+    TOO_FEW_POINTS,
+    Interval,
+    Reading,
+    no_reading,
+    readings_of,
+    rng_of,
+    with_answers,
+)
 from dllm_sparsity.analysis.statistics import (
     DRAWS,
     SEED,
@@ -28,7 +37,7 @@ from dllm_sparsity.analysis.statistics import (
 )
 from dllm_sparsity.study.records import PRIMITIVE_SITES, Quality
 
-Interval = tuple[float, float]
+Drawn = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -50,23 +59,11 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One reading of critical sparsity at one retention; `value` is None where `reason` says why."""
-
-    reading: str
-    retention: float
-    value: float | None
-    interval: Interval | None
-    censored: bool
-    reason: str | None
-    draws: np.ndarray = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True)
 class Curve:
     """Quality against achieved sparsity for one model, task, rule and site.
 
-    Intervals draw whole `clusters` of items: the number of each item's, None where items stand alone.
+    Intervals draw whole `clusters` of items: the number of each item's, None where items stand alone. `drawn` holds
+    quality and achieved sparsity, each (1 + draws, cells): the estimate first, the cells as the group has them.
     """
 
     group: Group
@@ -74,6 +71,7 @@ class Curve:
     keys: tuple[Key, ...]
     points: tuple[Point, ...]
     readings: tuple[Reading, ...]
+    drawn: Drawn = field(repr=False, compare=False)
     clusters: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -187,7 +185,35 @@ def _curve(
     sums = np.concatenate([flat.sum(0)[None], drawn]).reshape(draws + 1, len(values), 4)
     with np.errstate(invalid="ignore", divide="ignore"):
         measured, sparsity = sums[..., 0] / sums[..., 1], 1 - sums[..., 2] / sums[..., 3]
-    retained = scale.retention(measured, measured[:, :1])
+    exact = [
+        _mcnemar(quality, values[0][0], value[0]) if i and clusters is None else None for i, value in enumerate(values)
+    ]
+    reason = no_reading(quality, float(measured[0, 0]), *_above(quality, float(measured[0, 0]), values[0], clusters))
+    asked = retentions_of([group])
+    readings = readings_of(sparsity, scale.sign * measured, scale.logarithmic, reason, asked)
+    readings = _searched(readings, group, quality, reason, draws, seed)
+    points = points_of(_cells(group), quality, (measured, sparsity), flops, exact)
+    return Curve(group, quality, keys, points, tuple(readings), (measured, sparsity), clusters)
+
+
+def points_of(
+    cells: Sequence[Cell],
+    quality: Quality,
+    drawn: Drawn,
+    flops: Sequence[float | None],
+    exact: Sequence[float | None],
+) -> tuple[Point, ...]:
+    """Return the points of a curve, dense first and the others by their sparsity.
+
+    Args:
+        cells: The cells, dense first.
+        quality: The quality.
+        drawn: As a curve keeps it.
+        flops: Share of the FFN's FLOPs that each cell saves, None where it is not known.
+        exact: McNemar's exact p-value of each cell, None where there is none.
+    """
+    measured, sparsity = drawn
+    retained = SCALES[quality["kind"]].retention(measured, measured[:, :1])
     points = [
         Point(
             cell=cell,
@@ -201,16 +227,20 @@ def _curve(
             difference=float(measured[0, i] - measured[0, 0]),
             difference_interval=percentile_interval(measured[1:, i] - measured[1:, 0]),
             smallest_detectable=smallest_detectable(float(np.nanstd(measured[1:, i] - measured[1:, 0]))),
-            mcnemar_p=_mcnemar(quality, values[0][0], values[i][0]) if i and clusters is None else None,
+            mcnemar_p=exact[i],
         )
-        for i, cell in enumerate(_cells(group))
+        for i, cell in enumerate(cells)
     ]
-    reason = _no_reading(quality, float(measured[0, 0]), values[0], clusters)
-    asked = sorted({*critical.RETENTIONS, *(own["retention"] for own in group.dense.searches)})
-    readings = _readings(sparsity, scale.sign * measured, scale.logarithmic, reason, asked)
-    readings = _searched(readings, group, quality, reason, draws, seed)
-    ordered = [points[0], *sorted(points[1:], key=lambda point: point.sparsity)]
-    return Curve(group, quality, keys, tuple(ordered), tuple(readings), clusters)
+    return points[0], *sorted(points[1:], key=lambda point: point.sparsity)
+
+
+def retentions_of(groups: Sequence[Group]) -> list[float]:
+    """Return the shares of the dense quality that are read: the usual ones, and what searches asked for.
+
+    Args:
+        groups: Groups of cells.
+    """
+    return sorted({*critical.RETENTIONS, *(own["retention"] for group in groups for own in group.dense.searches)})
 
 
 def _mcnemar(quality: Quality, dense: np.ndarray, sparse: np.ndarray) -> float | None:
@@ -219,21 +249,13 @@ def _mcnemar(quality: Quality, dense: np.ndarray, sparse: np.ndarray) -> float |
     return mcnemar_exact(int((dense > sparse).sum()), int((dense < sparse).sum()))
 
 
-def _no_reading(quality: Quality, dense: float, values: Pairs, clusters: np.ndarray | None) -> str | None:
-    """Return why there is no critical sparsity on this quality, or None where there is one."""
+def _above(quality: Quality, dense: float, values: Pairs, clusters: np.ndarray | None) -> tuple[bool, str]:
+    """Return whether a dense accuracy lies two standard errors above chance, and how many items say so."""
     items, chance = len(values[0]), quality["chance"] or 0.0
-    if not math.isfinite(dense):
-        return "the dense quality is not a number"
     if clusters is None:
-        is_above, count = above_chance(dense, items, chance), f"n={items}"
-    else:
-        is_above = dense - chance > 2 * paired_error(values, (np.zeros(items), np.ones(items)), clusters)
-        count = f"n={items} in {int(clusters.max()) + 1} groups"
-    if quality["kind"] == "accuracy" and not is_above:
-        return f"dense accuracy {dense:.1%} is not two standard errors above chance ({chance:.1%}, {count})"
-    if not SCALES[quality["kind"]].logarithmic and dense <= 0:
-        return f"the dense score is {dense:g}: a share of it means nothing"
-    return None
+        return above_chance(dense, items, chance), f"n={items}"
+    error = paired_error(values, (np.zeros(items), np.ones(items)), clusters)
+    return dense - chance > 2 * error, f"n={items} in {int(clusters.max()) + 1} groups"
 
 
 def _searched(
@@ -244,18 +266,7 @@ def _searched(
     if group.is_searched:
         nothing = {"value": None, "interval": None, "censored": False}
         readings = [replace(own, **nothing, reason=reason or _unsearched(own, group, quality)) for own in readings]
-    kept = [own for own in readings if own.reading != critical.DEFAULT_READING or own.retention not in answers]
-    rng = np.random.default_rng(seed)
-    for retention, own in answers.items():
-        why = reason or own["reason"]
-        value, interval = (None, None) if why else (own["value"], (own["interval"][0], own["interval"][1]))
-        drawn = np.full(draws, math.nan)
-        if value is not None and interval is not None:
-            normal = rng.standard_normal(draws) / NormalDist().inv_cdf(0.975)
-            drawn = value + np.where(normal < 0, normal * (value - interval[0]), normal * (interval[1] - value))
-        censored = bool(own["censored"]) and value is not None
-        kept.append(Reading(critical.DEFAULT_READING, retention, value, interval, censored, why, drawn))
-    return kept
+    return with_answers(readings, answers, reason, draws, rng_of(group.dense, seed))
 
 
 def _unsearched(reading: Reading, group: Group, quality: Quality) -> str:
@@ -265,24 +276,5 @@ def _unsearched(reading: Reading, group: Group, quality: Quality) -> str:
     if all(own["quality"] != quality["name"] for own in group.answers):
         return f"the search was on {group.headline}"
     if reading.reading != critical.DEFAULT_READING:
-        return "a search measures too few points for this reading"
-    return "the search was not for this retention"
-
-
-def _readings(
-    sparsity: np.ndarray, height: np.ndarray, logarithmic: bool, reason: str | None, retentions: Sequence[float]
-) -> list[Reading]:
-    found = []
-    for retention in retentions:
-        values, censored = critical.readings(sparsity, height, retention, logarithmic)
-        for name in critical.READINGS:
-            value, draws = float(values[name][0]), values[name][1:]
-            usable = reason is None and math.isfinite(value)
-            why = None if usable else reason or "the achieved sparsity was not recorded"
-            interval = percentile_interval(draws) if usable else None
-            found.append(
-                Reading(
-                    name, retention, value if usable else None, interval, bool(censored[name][0]) and usable, why, draws
-                )
-            )
-    return found
+        return TOO_FEW_POINTS
+    return OTHER_RETENTION

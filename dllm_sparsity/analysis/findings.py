@@ -7,7 +7,8 @@ from typing import Any
 
 from dllm_sparsity.analysis.comparison import Comparison
 from dllm_sparsity.analysis.critical import DEFAULT_RETENTION
-from dllm_sparsity.analysis.curves import Curve, Reading
+from dllm_sparsity.analysis.curves import Curve
+from dllm_sparsity.analysis.readings import Reading
 
 
 def findings(curves: Sequence[Curve], pairs: Sequence[Comparison], retention: float = DEFAULT_RETENTION) -> list[str]:

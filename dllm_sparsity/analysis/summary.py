@@ -98,17 +98,7 @@ def _curve(curve: Curve, judged: Judged) -> dict[str, Any]:
         "higher_is_better": curve.scale.sign > 0,
         "items": len(curve.keys),
         "dense": {"value": dense.quality, "interval": dense.quality_interval},
-        "critical": [
-            {
-                "retention": own.retention,
-                "reading": own.reading,
-                "value": own.value,
-                "interval": own.interval,
-                "censored": own.censored,
-                "reason": own.reason,
-            }
-            for own in curve.readings
-        ],
+        "critical": [own.told for own in curve.readings],
         "noise": vars(judged.noise) if judged.noise else None,
         "points": [_point(*both) for both in zip(curve.points, judged.verdicts, strict=True)],
         **_cost(curve.group.dense),
