@@ -107,7 +107,17 @@ def answers_of(cell: Cell, rule: CellRecord) -> list[Answer]:
         cell: Its dense cell.
         rule: Record of one of its other cells.
     """
-    return [own for own in cell.searches if _curve(own) == _curve(rule)]
+    return [own for own in cell.searches if is_of(own, rule)]
+
+
+def is_of(answer: Answer, rule: CellRecord) -> bool:
+    """Tell whether an answer is of the curve that a cell belongs to.
+
+    Args:
+        answer: What search.json holds of a curve.
+        rule: Record of the cell; it is not dense.
+    """
+    return _curve(answer) == _curve(rule)
 
 
 def _join(blocks: list[Cell]) -> JoinedCell:

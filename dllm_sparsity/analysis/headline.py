@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 _NAMES = ("task", "site", "rule", "paradigm", "model", "quality", "kind", "items")
@@ -9,6 +10,8 @@ _NAMES = ("task", "site", "rule", "paradigm", "model", "quality", "kind", "items
 
 def headline(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row per task, site, rule, model and retention asked for, the two paradigms next to each other.
+
+    The averages over tasks come after the tasks.
 
     The quality is that of the search, else the task's first; where it has no critical sparsity, because dense accuracy
     cannot be told from chance, its likelihood stands in if that has one.
@@ -21,29 +24,33 @@ def headline(summary: dict[str, Any]) -> list[dict[str, Any]]:
         interval, censored, reason, stands_in_for, tokens_per_forward`; the reason is that of the quality that another
         one stands in for.
     """
-    rows = []
-    for curve in summary["curves"]:
-        if not curve["headline"]:
-            continue
-        asked = summary.get("retentions_asked", [summary["default_retention"]])
-        shown = _stand_in(summary, curve, asked)
-        for retention in asked:
-            reading = reading_of(shown, summary["default_reading"], retention)
-            rows.append(
-                {name: shown[name] for name in _NAMES}
-                | {
-                    "dense": shown["dense"]["value"],
-                    "dense_interval": shown["dense"]["interval"],
-                    "retention": retention,
-                    "critical": reading["value"],
-                    "interval": reading["interval"],
-                    "censored": reading["censored"],
-                    "reason": reading_of(curve, summary["default_reading"], retention)["reason"],
-                    "stands_in_for": None if shown is curve else curve["quality"],
-                    "tokens_per_forward": shown["tokens_per_forward"],
-                }
-            )
-    return sorted(rows, key=lambda row: [row[name] for name in ("task", "site", "rule", "paradigm", "model")])
+    asked = summary.get("retentions_asked", [summary["default_retention"]])
+    curves = [curve for curve in summary["curves"] if curve["headline"]]
+    rows = [row for curve in curves for row in _rows(summary, curve, _stand_in(summary, curve, asked), asked)]
+    means = [row for own in summary.get("averages", []) for row in _rows(summary, own, own, asked)]
+    return sorted(rows, key=_order) + sorted(means, key=_order)
+
+
+def _rows(
+    summary: dict[str, Any], curve: dict[str, Any], shown: dict[str, Any], asked: list[float]
+) -> Iterator[dict[str, Any]]:
+    for retention in asked:
+        reading = reading_of(shown, summary["default_reading"], retention)
+        yield {name: shown[name] for name in _NAMES} | {
+            "dense": shown["dense"]["value"],
+            "dense_interval": shown["dense"]["interval"],
+            "retention": retention,
+            "critical": reading["value"],
+            "interval": reading["interval"],
+            "censored": reading["censored"],
+            "reason": reading_of(curve, summary["default_reading"], retention)["reason"],
+            "stands_in_for": None if shown is curve else curve["quality"],
+            "tokens_per_forward": shown.get("tokens_per_forward"),
+        }
+
+
+def _order(row: dict[str, Any]) -> list[str]:
+    return [row[name] for name in ("task", "site", "rule", "paradigm", "model")]
 
 
 def _stand_in(summary: dict[str, Any], curve: dict[str, Any], retentions: list[float]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dllm_sparsity.analysis.averages import asked_of_averages, average_comparisons, averages
 from dllm_sparsity.analysis.comparison import Comparison, comparisons
 from dllm_sparsity.analysis.critical import DEFAULT_READING, DEFAULT_RETENTION, RETENTIONS
 from dllm_sparsity.analysis.curves import Curve, Point, curves_of
@@ -35,9 +36,11 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
     """
     curves, notes = curves_of(run.cells, draws, seed)
     judged, limits = judge(curves, run.cells, draws, seed)
+    means, told = averages(curves, run.search, seed)
     asked = _asked(run)
     retentions = sorted({*RETENTIONS, *asked})
-    pairs = comparisons(curves, retentions)
+    pairs = comparisons(curves, retentions) + average_comparisons(means, retentions)
+    all_curves = [*curves, *(own.curve for own in means)]
     return clean(
         {
             "version": SUMMARY_VERSION,
@@ -47,11 +50,12 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
             "default_retention": asked[0],
             "default_reading": DEFAULT_READING,
             "bootstrap": {"draws": draws, "seed": seed, "level": 0.95},
-            "findings": [text for retention in asked for text in findings(curves, pairs, retention)]
+            "findings": [text for retention in asked for text in findings(all_curves, pairs, retention)]
             + allocation_findings(run.search),
-            "notes": _notes(run) + notes + limits + _further_notes(run),
+            "notes": _notes(run) + notes + told + limits + _further_notes(run),
             "counts": _counts(run),
             "curves": _with_holm([_curve(*both) for both in zip(curves, judged, strict=True)]),
+            "averages": [own.told for own in means],
             "comparisons": [_comparison(pair) for pair in pairs],
             "cells": [_cell(cell) for cell in run.cells],
             "speed": speeds(run.cells),
@@ -62,7 +66,7 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
 
 def _asked(run: Run) -> list[float]:
     """Return the retentions that a search was asked for, the default one first, else the strictest."""
-    found = {own["retention"] for cell in run.cells for own in cell.searches}
+    found = {own["retention"] for cell in run.cells for own in cell.searches} | asked_of_averages(run.search)
     return sorted(found or {DEFAULT_RETENTION}, key=lambda own: (own != DEFAULT_RETENTION, -own))
 
 

@@ -66,6 +66,8 @@ def render(summary: dict[str, Any]) -> Group:
         f"Sparsity in percent: the highest that keeps {kept} of the dense quality, with its 95 % interval;"
         " \N{GREATER-THAN OR EQUAL TO} where no measured point fell below. NLL and log-lik. in nats per token."
     )
+    if summary.get("averages"):
+        explained += " Averages: of the tasks' quality and sparsity at one strength, each task counting the same."
     reasons = dict.fromkeys(
         f"{row['task']}, {_SHORT.get(row['paradigm'], row['paradigm'])}: {row['reason']}"
         + (": shown by NLL" if row["stands_in_for"] else "")
@@ -120,7 +122,9 @@ def _against_dense(summary: dict[str, Any], rows: list[dict[str, Any]], several_
     task = previous = None
     for row in rows:
         names = ("task", "site", "rule", "paradigm", "model", "quality")
-        curve = next(own for own in summary["curves"] if all(own[name] == row[name] for name in names))
+        curve = next((own for own in summary["curves"] if all(own[name] == row[name] for name in names)), None)
+        if curve is None:  # an average: its cells are those of its tasks
+            continue
         worse, before = first_worse(curve)
         if row["task"] != task:
             table.add_row(_text(row["task"], style="bold"))
