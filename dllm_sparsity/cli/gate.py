@@ -86,13 +86,14 @@ def leave(context: click.Context, gate: Gate, summary: dict[str, Any]) -> None:
 def names(summary: dict[str, Any]) -> dict[str, float | None]:
     """Return the names that a condition can use, with their values; None where a value is not known.
 
-    A curve is `TASK.SITE.PARADIGM`, followed by the model and the rule where that names several.
+    A curve is `TASK.SITE.PARADIGM`, followed by the model and the rule where that names several; averages stand in the
+    place of a task.
 
     Args:
         summary: What summary.json holds.
     """
     found: dict[str, float | None] = {f"counts.{name}": summary["counts"][name] for name in ("cells", "unsealed")}
-    curves = [curve for curve in summary["curves"] if curve["headline"]]
+    curves = [curve for curve in summary["curves"] if curve["headline"]] + summary.get("averages", [])
     short = [_dotted(curve["task"], curve["site"], curve["paradigm"]) for curve in curves]
     for name, curve in zip(short, curves, strict=True):
         place = name if short.count(name) == 1 else f"{name}.{_dotted(curve['model'], curve['rule'])}"
@@ -131,7 +132,11 @@ def unknown_ahead(gate: Gate, config: StudyConfig, tasks: Iterable[str]) -> list
 
 def _names_ahead(config: StudyConfig, tasks: Iterable[str]) -> tuple[set[str], set[str]]:
     """Return the names that a summary will have, and what others begin with: the model and the rule follow."""
+    from dllm_sparsity.analysis.averages import KINDS, name_of
+
     exact, begun = {"counts.cells", "counts.unsealed"}, set()
+    tasks = list(tasks)
+    tasks += [name_of(count, kind) for count in range(2, len(tasks) + 1) for kind in (None, *KINDS)]
     layerwise = config.search is not None and config.search.layerwise  # its curves may be there, or not
     paradigms = [model.paradigm for model in config.models]
     for task, site in product(tasks, dict.fromkeys(site for rule in config.rules for site in rule.sites)):

@@ -24,7 +24,7 @@ def tables_of(data: ReportData) -> dict[str, pa.Table]:
     Args:
         data: What the page of a study is made from.
     """
-    found = data.summary or {"curves": [], "cells": []}
+    found = data.summary or {"curves": [], "averages": [], "cells": []}
     return {
         "points": _flat(
             {name: curve[name] for name in _CURVE}
@@ -35,7 +35,7 @@ def tables_of(data: ReportData) -> dict[str, pa.Table]:
         ),
         "critical": _flat(
             {name: curve[name] for name in _CURVE} | reading
-            for curve in found["curves"]
+            for curve in [*found["curves"], *found["averages"]]
             for reading in curve["critical"]
         ),
         "items": _flat({name: cell[name] for name in (*_CELL, "replicate", *_COST)} for cell in found["cells"]),

@@ -39,7 +39,8 @@ def test_summary_is_plain_json_and_finds_the_known_order(run_dir):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["counts"]["cells"] == 52
     rows = {(row["paradigm"], row["task"], row["site"]): row for row in headline(found)}
-    assert len(rows) == 12
+    assert len(rows) == 18
+    assert [row["task"] for row in headline(found)][-6:] == ["average of 2 tasks"] * 6
     for task in ("arc_easy", "gsm8k"):
         ar, diffusion = (rows[paradigm, task, "intermediate"] for paradigm in ("autoregressive", "diffusion"))
         for row in (ar, diffusion):
@@ -50,7 +51,8 @@ def test_summary_is_plain_json_and_finds_the_known_order(run_dir):
     assert rows["autoregressive", "gsm8k", "all"]["tokens_per_forward"] == pytest.approx(1.0)
     assert any("no speed-up was measured" in note for note in found["notes"])
     assert any("is a bound" in note for note in found["notes"])
-    assert len(found["findings"]) == 6
+    assert len(found["findings"]) == 9
+    assert [own["task"] for own in found["comparisons"]].count("average of 2 tasks") == 3 * 4
 
 
 def test_points_carry_asked_and_achieved_sparsity(run_dir):

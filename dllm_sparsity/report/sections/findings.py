@@ -32,25 +32,30 @@ class Findings(Section):
         """
         found = data.summary or {}
         curves = [curve for curve in found["curves"] if curve["headline"]]
-        curves.sort(key=lambda curve: [curve[name] for name in ("task", "site", "rule", "paradigm", "model")])
+        curves.sort(key=_order)
+        shown = [*curves, *sorted(found["averages"], key=_order)]
         options = [
             Option(f"{100 * retention:g} %", [chart], distance=float(retention != found["default_retention"]))
             for retention in found["retentions"]
-            if (chart := _dots(curves, retention)) is not None
+            if (chart := _dots(shown, retention)) is not None
         ]
         panel = Panel("findings-dots", "Share of the dense quality to keep", options, wide=True) if options else None
         return template(
             "findings.html",
             found=found,
             panel=panel.html() if panel else "",
-            table=_table(curves, found["retentions_asked"]),
+            table=_table(shown, found["retentions_asked"]),
             ends=_ends(found),
             against=_against_dense(curves),
             share=" or ".join(f"{100 * own:g} %" for own in found["retentions_asked"]),
             reasons=sorted(
-                {f"{curve['task']}, {curve['model']}: {reason}" for curve in curves for reason in _why(found, curve)}
+                {f"{curve['task']}, {curve['model']}: {reason}" for curve in shown for reason in _why(found, curve)}
             ),
         )
+
+
+def _order(curve: dict[str, Any]) -> list[str]:
+    return [curve[name] for name in ("task", "site", "rule", "paradigm", "model")]
 
 
 def _why(found: dict[str, Any], curve: dict[str, Any]) -> list[str]:
@@ -117,7 +122,7 @@ def _table(curves: list[dict[str, Any]], retentions: list[float]) -> Table:
                     *kept,
                     f"{value}{unit} {words.interval(dense['interval'], curve['kind'])}",
                     str(curve["items"]),
-                    words.number(curve["tokens_per_forward"], 2),
+                    words.number(curve.get("tokens_per_forward"), 2),
                     *(words.critical(reading_of(curve, name, retention)) for name in order),
                 ]
             )

@@ -14,27 +14,38 @@ from dllm_sparsity.report.panel import Chart, Option, Panel, Table, template
 from dllm_sparsity.report.section import Section
 
 Curve = dict[str, Any]
+_OF_CELLS = ("words", "flops_saved", "difference", "difference_interval", "smallest_detectable", "p", "p_holm", "test")
 
 
 class Quality(Section):
-    """Small multiples: a panel for each task, a chart for each site and rule, a line for each model."""
+    """Small multiples: a panel for each task and average, a chart for each site and rule, a line for each model."""
 
     title: ClassVar[str] = "Quality against achieved sparsity"
     order: ClassVar[int] = 20
     needs: ClassVar[tuple[str, ...]] = ("summary",)
 
     def render(self, data: ReportData) -> Markup:
-        """Return a panel for each task.
+        """Return a panel for each task, and for each average over tasks that was measured at several strengths.
 
         Args:
             data: What the page is made from.
         """
-        curves = data.summary["curves"] if data.summary else []
+        means = _averages(data.summary) if data.summary else []
+        curves = [*data.summary["curves"], *means] if data.summary else []
         styles = _styles(curves)
         tasks = list(dict.fromkeys(curve["task"] for curve in curves))
         blocks = [(task, _panel(index, task, curves, styles)) for index, task in enumerate(tasks)]
         share = f"{100 * data.summary['default_retention']:g} %" if data.summary else ""
-        return template("quality.html", blocks=blocks, share=share) if blocks else Markup("")
+        return template("quality.html", blocks=blocks, share=share, averaged=bool(means)) if blocks else Markup("")
+
+
+def _averages(found: dict[str, Any]) -> list[Curve]:
+    """Return the averages as curves; what is not known of an average is None."""
+    return [
+        {**own, "headline": True, "points": [dict.fromkeys(_OF_CELLS) | point for point in own["points"]]}
+        for own in found["averages"]
+        if own["points"]
+    ]
 
 
 def _styles(curves: list[Curve]) -> dict[tuple[str, str], tuple[str, str, str]]:
@@ -170,4 +181,5 @@ def _table(curves: list[Curve]) -> Table:
                     words.percent(point["retention"]),
                 ]
             )
-    return Table(columns, rows, 2)
+    told = [at for at, _ in enumerate(columns) if any(row[at] not in ("", words.NOTHING) for row in rows)]
+    return Table([columns[at] for at in told], [[row[at] for at in told] for row in rows], 2)
