@@ -45,6 +45,7 @@ class Findings(Section):
             found=found,
             panel=panel.html() if panel else "",
             table=_table(shown, found["retentions_asked"]),
+            averaged=list({own["task"]: own["tasks"] for own in found["averages"]}.items()),
             ends=_ends(found),
             against=_against_dense(curves),
             share=" or ".join(f"{100 * own:g} %" for own in found["retentions_asked"]),
