@@ -28,6 +28,7 @@ SUMMARY = {
         curve("2-way.task", "all", "autoregressive", 0.2, "a/b-1", "top_k"),
         curve("easy", "intermediate", "diffusion", 0.1, headline=False),
     ],
+    "averages": [curve("average of 2 tasks", "input", "diffusion", 0.7)],
     "comparisons": [
         {
             "task": "easy",
@@ -55,6 +56,7 @@ NAME = "critical.easy.intermediate.diffusion"
         (f"{NAME}.low == 0.4 and {NAME}.high != 0.6", False),
         (f"not {NAME} > 1 or counts.cells > 99", True),
         ("difference.easy.intermediate < -0.01", True),
+        ("critical.average_of_2_tasks.input.diffusion >= 0.7", True),
         ("difference.easy.intermediate.high < 0", False),
         ("critical._2_way_task.all.autoregressive.a_b_1.top_k >= 2e-1", True),
         ("dense.easy.intermediate.diffusion > .79", True),

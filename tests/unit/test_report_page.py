@@ -16,6 +16,7 @@ from rich.console import Console
 from test_analysis_run import seal, write_study
 
 from dllm_sparsity.analysis import load, summary
+from dllm_sparsity.analysis.logged import study_numbers
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.registry import get, names
 from dllm_sparsity.report import render, save_report, write_report
@@ -115,6 +116,33 @@ def test_verdicts_are_in_the_page_and_in_the_tables(run_dir, page):
     assert "Where quality first falls below dense" in page
 
 
+def test_averages_are_in_the_page_and_in_the_tables(run_dir, page):
+    found = json.loads((run_dir / "summary.json").read_text())
+    assert {own["task"] for own in found["averages"]} == {"average of 2 tasks"}
+    critical = pq.read_table(run_dir / "tables" / "critical.parquet").to_pylist()
+    ours = [row for row in critical if row["task"] == "average of 2 tasks"]
+    assert len(ours) == sum(len(own["critical"]) for own in found["averages"]) == 4 * 4 * 4
+    assert "<h4>average of 2 tasks</h4>" in page
+    assert page.count("<td>average of 2 tasks</td>") >= 2 * 4
+    assert "Average of 2 tasks: arc_easy, gsm8k." in page
+    panels = {name: text for name, text in payloads(page).items() if name.startswith("quality")}
+    assert len(panels) == 3
+    charts = json.loads(next(text for text in panels.values() if '"accuracy kept"' in text))[0]
+    assert {chart["title"] for chart in charts} == {"intermediate, top_p", "all, top_p"}
+    for chart in charts:
+        assert all(len(line["x"]) == 3 for line in chart["figure"]["data"])
+        assert chart["table"]["columns"] == [
+            "paradigm",
+            "model",
+            "asked",
+            "achieved",
+            "quality",
+            "95 % interval",
+            "kept",
+        ]
+    assert f"average of 2 tasks/{HOSTILE}/top_p, all/critical" in study_numbers(found)
+
+
 def test_a_report_is_the_same_twice(run_dir, page):
     assert write_report(run_dir).read_text() == page
 
@@ -203,6 +231,7 @@ def test_the_terminal_table_fits_80_columns_without_colour(tmp_path):
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("diffusion") >= 6
+    assert re.search(r"average of 2 tasks *\n *all +AR +\d+\.\d % right +\d", text)
     assert "first cell worse" in text
     assert re.search(r"by \d+\.\d \[\d+\.\d, \d+\.\d\] at \d+\.\d %", text)
     assert "no speed-up was measured" in text
