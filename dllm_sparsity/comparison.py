@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dllm_sparsity.analysis.allocated import Searched
+from dllm_sparsity.analysis.averaged import SearchedAverage
+from dllm_sparsity.analysis.averages import KINDS, name_of
 from dllm_sparsity.analysis.column import Column
+from dllm_sparsity.analysis.mixture import Mixture
 from dllm_sparsity.analysis.search import LADDER, Limits, Search, boundaries
-from dllm_sparsity.analysis.searched import SearchedCurve, averages, open_cell
+from dllm_sparsity.analysis.searched import SearchedCurve, open_cell
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.layerwise import Place, allocated
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec, build_config, read_config
 from dllm_sparsity.study.engines import Engine
-from dllm_sparsity.study.plan import Cell, block_cell, with_block
+from dllm_sparsity.study.plan import Asks, Cell, Loaded, block_cell, with_block
 from dllm_sparsity.study.rundir import writing
+from dllm_sparsity.study.tasks import LoadedTask
 from dllm_sparsity.study.track import ExperimentTracker, Tracking
 
+_T = TypeVar("_T")
 EMBEDDED_STUDY = Path(__file__).parent / "pair" / "study.yaml"
 
 
@@ -125,7 +130,7 @@ def as_config(config: StudyConfig | Mapping[str, Any] | str | Path | None) -> St
 
 
 class Searches:
-    """The searches of a study: one for each model, task, rule and site, told cell by cell what to measure next.
+    """The searches of a study: for each model, rule and site one on each task, and one on the average over tasks.
 
     Args:
         study: The study; it has a search.
@@ -134,18 +139,22 @@ class Searches:
     def __init__(self, study: StudyConfig) -> None:
         self.study = study
         self.answers: list[dict[str, Any]] = []
+        self.averages: list[dict[str, Any]] = []
 
-    def __call__(self, model: ModelConfig, spec: TaskSpec, task: Any) -> Iterator[Generator[Cell, Path, None]]:
-        """Yield a loop for each curve of a model on a task; it yields cells and is sent their folders.
+    def __call__(self, model: ModelConfig, tasks: Sequence[Loaded]) -> Iterator[Asks]:
+        """Yield a loop for each curve of a model on a task, or on the average over tasks.
 
         Args:
             model: The model.
-            spec: The task as the user gave it.
-            task: The task, loaded.
+            tasks: The task, or several: as the user gave them, and loaded.
         """
         for rule in self.study.rules:
             for site in rule.sites:
-                yield self._loop(model, spec, task.items, rule, site)
+                if len(tasks) > 1:
+                    yield self._average(model, tasks, rule, site)
+                else:
+                    ((spec, task),) = tasks
+                    yield _on(task, self._loop(model, spec, task.items, rule, site))
 
     def _loop(
         self, model: ModelConfig, spec: TaskSpec, items: int, rule: RuleConfig, site: str
@@ -162,11 +171,7 @@ class Searches:
         asked = self.study.search
         if asked is None:
             raise RuntimeError("a study without a search has no loops")
-        first = boundaries(items)[0]
-        folder = yield with_block(block_cell(self.study, model, spec, (rule, site), None), 0, first)
-        curve = SearchedCurve(open_cell(folder), asked.quality, site)
-        layers = None if rule.layers is None else list(rule.layers)  # said anew by the first sparse cell
-        curve.setting = {"rule": rule.name, "rule_parameters": rule.parameters, "layers": layers}
+        curve = yield from self._open(model, spec, items, rule, site)
         limits = Limits(asked.width, items, asked.budget)
         search = Search(ladder_of(rule), [curve.threshold(own) for own in asked.retentions], limits)
         asks = search.run()
@@ -179,15 +184,72 @@ class Searches:
             cell = block_cell(self.study, model, spec, (rule, site), ask.strength)
             answer = curve.column(open_cell((yield with_block(cell, ask.start, ask.stop))), (ask.start, ask.stop))
 
+    def _open(
+        self, model: ModelConfig, spec: TaskSpec, items: int, rule: RuleConfig, site: str
+    ) -> Generator[Cell, Path, SearchedCurve]:
+        """Measure the first dense items, from which it is known what quality there is."""
+        quality = None if self.study.search is None else self.study.search.quality
+        cell = block_cell(self.study, model, spec, (rule, site), None)
+        curve = SearchedCurve(open_cell((yield with_block(cell, 0, boundaries(items)[0]))), quality, site)
+        layers = None if rule.layers is None else list(rule.layers)  # said anew by the first sparse cell
+        curve.setting = {"rule": rule.name, "rule_parameters": rule.parameters, "layers": layers}
+        return curve
+
+    def _average(self, model: ModelConfig, tasks: Sequence[Loaded], rule: RuleConfig, site: str) -> Asks:
+        """Search the averages over the tasks of each kind of quality."""
+        kinds: dict[str, list[tuple[TaskSpec, LoadedTask, SearchedCurve]]] = {kind: [] for kind in KINDS}
+        for spec, task in tasks:
+            curve = yield from _on(task, self._open(model, spec, task.items, rule, site))
+            if curve.quality["kind"] in kinds:
+                kinds[curve.quality["kind"]].append((spec, task, curve))
+        several = {kind: own for kind, own in kinds.items() if len(own) > 1}
+        for kind, own in several.items():
+            mixture = Mixture([task.items for _, task, _ in own])
+            name = name_of(len(own), kind if len(several) > 1 else None)
+            average = SearchedAverage(tuple(curve for *_, curve in own), mixture, name)
+            yield from self._averaged(model, [both[:2] for both in own], rule, average)
+
+    def _averaged(
+        self, model: ModelConfig, tasks: Sequence[Loaded], rule: RuleConfig, average: SearchedAverage
+    ) -> Asks:
+        asked, curve = self.study.search, (rule, average.curves[0].site)
+        if asked is None:
+            raise RuntimeError("a study without a search has no loops")
+        limits = Limits(asked.width, average.mixture.items, asked.budget, average.mixture.least)
+        search = Search(ladder_of(rule), [average.threshold(own) for own in asked.retentions], limits)
+        asks = search.run()
+        answer: Column | None = None
+        while True:
+            try:
+                ask = next(asks) if answer is None else asks.send(answer)
+            except StopIteration as end:
+                self.averages += [average.answer(goal, search, asked.width) for goal in end.value]
+                return
+            block, cells = (ask.start, ask.stop), []
+            for (spec, task), part in zip(tasks, average.mixture.parts(*block), strict=True):
+                cell = with_block(block_cell(self.study, model, spec, curve, ask.strength), *part)
+                cells.append(open_cell((yield replace(cell, average=True), task)))
+            answer = average.column(cells, block)
+
     def write(self, path: Path) -> None:
-        """Write search.json: every answer, and averages over tasks.
+        """Write search.json: every answer, and those on averages over tasks.
 
         Args:
             path: The run directory.
         """
         from dllm_sparsity.analysis.summary import clean
 
-        _write_json(path / "search.json", clean({"curves": self.answers, "averages": averages(self.answers)}))
+        _write_json(path / "search.json", clean({"curves": self.answers, "averages": self.averages}))
+
+
+def _on(task: LoadedTask, loop: Generator[Cell, Path, _T]) -> Generator[tuple[Cell, LoadedTask], Path, _T]:
+    """Name the task of each cell that a loop asks for."""
+    try:
+        cell = next(loop)
+        while True:
+            cell = loop.send((yield cell, task))
+    except StopIteration as end:
+        return end.value
 
 
 def _write_json(path: Path, data: Any) -> None:

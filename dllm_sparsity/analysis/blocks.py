@@ -92,12 +92,21 @@ def is_block(cell: Cell) -> bool:
 
 
 def is_probe(cell: Cell) -> bool:
-    """Tell whether a cell only helped a search to plan others, so that it belongs to no curve.
+    """Tell whether a cell only helped a search to plan others, or an average, so that it belongs to no curve of a task.
 
     Args:
         cell: The cell.
     """
-    return isinstance(cell.record.get("parts"), dict) and cell.record["parts"].get("probe") is True
+    return isinstance(cell.record.get("parts"), dict) and (cell.record["parts"].get("probe") is True or is_part(cell))
+
+
+def is_part(cell: Cell) -> bool:
+    """Tell whether a cell is a task's part of a search on the average over tasks.
+
+    Args:
+        cell: The cell.
+    """
+    return isinstance(cell.record.get("parts"), dict) and cell.record["parts"].get("average") is True
 
 
 def answers_of(cell: Cell, rule: CellRecord) -> list[Answer]:

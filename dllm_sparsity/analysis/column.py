@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Column:
-    """What one strength gave, item by item; quality and sparsity are ratios of sums.
+    """What one strength gave, item by item; quality and sparsity are ratios of sums, or means of those of tasks.
 
     Args:
         height: Numerator of the quality, its sign turned so that higher is better.
@@ -19,6 +19,7 @@ class Column:
         total: Activations.
         group: Number of the group of each item; None where all stand alone.
         item: Number of each item in the search's order, none twice; None where they are the first ones.
+        stratum: Number of the task of each item, from 0; all tasks count the same. None where there is one.
     """
 
     height: np.ndarray
@@ -27,6 +28,7 @@ class Column:
     total: np.ndarray
     group: np.ndarray | None = None
     item: np.ndarray | None = None
+    stratum: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.height)
@@ -34,7 +36,7 @@ class Column:
     @property
     def sparsity(self) -> float:
         """Return the share of activations that are zero."""
-        return float(1 - self.kept.sum() / self.total.sum())
+        return 1 - ratio(self.kept, self.total, self.stratum)[0]
 
     @property
     def items(self) -> np.ndarray:
@@ -81,6 +83,26 @@ class Column:
         place = np.minimum(np.searchsorted(self.items[order], items), len(self) - 1)
         here = self.items[order][place] == items
         return Column(**{**vars(self.at(order[place[here]])), "item": np.flatnonzero(here)})
+
+
+def ratio(top: np.ndarray, bottom: np.ndarray, stratum: np.ndarray | None) -> tuple[float, np.ndarray]:
+    """Return a ratio of sums, or the mean of those of all strata, and each item's pull on it.
+
+    Args:
+        top: Numerators, one per item.
+        bottom: Denominators.
+        stratum: Number of the stratum of each item; None where there is one.
+
+    Source: Cochran 1977, Sampling Techniques, sections 6.4 and 6.11, the separate ratio estimate, strata equally heavy.
+    """
+    if stratum is None:
+        mean = bottom.mean()
+        value = float(top.mean() / mean)
+        return value, (top - value * bottom) / mean
+    tops, bottoms = (np.bincount(stratum, part) for part in (top, bottom))
+    values = tops / bottoms
+    pull = (top - values[stratum] * bottom) / bottoms[stratum]
+    return float(values.mean()), pull * len(top) / len(values)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
-from dllm_sparsity.analysis.column import Column, Threshold
+from dllm_sparsity.analysis.column import Column, Threshold, ratio
 
-_CHANGED = 2.0
+_CHANGED = 1.0
 """Items lost and gained on top of those seen, in variance."""
-_PRIOR = 200.0
-"""Items whose own variance weighs as much as that of all strengths together."""
+_PRIOR, _PRIOR_BOUNDED = 200.0, 400.0
+"""Items whose own variance weighs as much as that of all strengths together. Where answers are right or wrong, a
+strength that lost few by luck also varies little, and would weigh too much."""
+_LEAST, _MOST = 0.5, 2.0
+"""How much smaller or greater a variance may be at the threshold than where the margin is what it seems."""
+_STEPS, _FARTHEST = 12, 30.0
 _STRETCH = 4.0
 """Most that a variance is stretched by; what is missing beyond it is taken for noise of its own."""
 _APART, _APART_BOUNDED = 0.1, 0.03
@@ -65,6 +70,40 @@ class Margins:
     _noise: np.ndarray
     _variance: np.ndarray
     _group: np.ndarray | None
+    _uneven: float
+    _threshold: Threshold
+
+    def tested(self, at: np.ndarray, margin: np.ndarray) -> np.ndarray:
+        """Return how many times as wide the error is if the margin is zero as where it is what it seems.
+
+        Items that lose more vary more: an error as wide as what was seen makes a good margin look too good.
+
+        Args:
+            at: Sparsities.
+            margin: The margin that was seen there.
+
+        Source: Wilson 1927, Probable inference, the law of succession, and statistical inference: the variance of the
+            hypothesis, which is that of items that change one way or the other plus those lost. Of log-likelihoods it
+            is taken to grow as the loss does.
+        """
+        each = self._each(at)
+        if each is None or not (self._threshold.bounded or self._threshold.logarithmic):
+            return np.ones_like(at)
+        if self._threshold.bounded:
+            times = 1 + self._uneven * margin / each
+        else:
+            lost = -math.log(self._threshold.retention)
+            times = lost / np.maximum(lost - margin, lost / _MOST)
+        return np.sqrt(np.maximum(times, _LEAST))
+
+    def _each(self, at: np.ndarray) -> np.ndarray | None:
+        """Return the variance that one item is likely to have at some sparsities; None where nothing varies."""
+        items = np.array([row.items for row in self._rows])
+        known = (items > 0) & (self._variance > 0) & (self.place > 0)
+        if not known.any():
+            return None
+        each = np.log((self._variance * items)[known])
+        return np.exp(np.interp(np.log(np.maximum(at, self.place[known][0])), np.log(self.place[known]), each))
 
     def another(self, at: np.ndarray, block: range) -> tuple[np.ndarray, np.ndarray]:
         """Return what one more point is likely to be like: its covariance with all points, and its variance.
@@ -79,12 +118,10 @@ class Margins:
         Returns:
             Arrays of (points, places) and (places,).
         """
+        each = self._each(at)
+        if each is None:
+            return np.zeros((len(self._rows), len(at))), np.zeros(len(at))
         items = np.array([row.items for row in self._rows])
-        known = (items > 0) & (self._variance > 0) & (self.place > 0)
-        if not known.any():
-            return np.zeros((len(items), len(at))), np.zeros(len(at))
-        each = np.log((self._variance * items)[known])
-        each = np.exp(np.interp(np.log(np.maximum(at, self.place[known][0])), np.log(self.place[known]), each))
         within = slice(block.start, block.stop)
         seen = [number for number, row in enumerate(self._rows) if row.own[block.start]]
         ends = np.array([0.0, *self.place[seen]])
@@ -113,12 +150,12 @@ def margins(dense: Column, sparse: Sequence[Column], threshold: Threshold) -> Ma
         are counted together; Agresti and Min 2005, for items lost and gained on top of bounded qualities, without which
         a few items that happen to agree look certain.
     """
-    top, none = _pulls(dense, dense, threshold), np.zeros(len(dense), bool)
+    top, none, uneven = _pulls(dense, dense, threshold), np.zeros(len(dense), bool), _unevenness(dense)
     rows = [_Row(top.place, top.margin, top.margins / len(dense), top.places / len(dense), 0.0, none)]
-    rows += sorted((_against(top, dense, column, threshold) for column in sparse), key=lambda row: row.place)
+    rows += sorted((_against(top, dense, column, threshold, uneven) for column in sparse), key=lambda row: row.place)
     noise, spread = (_by_group(np.stack([row[part] for row in rows]), dense.group) for part in (2, 3))
     place = np.maximum.accumulate([row.place for row in rows])
-    variance = _pooled(place, noise, rows)
+    variance = _pooled(place, noise, rows, _PRIOR_BOUNDED if threshold.bounded else _PRIOR)
     own = (noise**2).sum(1)
     noise = noise * np.sqrt(np.minimum(variance / np.where(own > 0, own, 1.0), _STRETCH))[:, None]
     covariance = noise @ noise.T
@@ -133,19 +170,41 @@ def margins(dense: Column, sparse: Sequence[Column], threshold: Threshold) -> Ma
         _noise=noise,
         _variance=variance,
         _group=dense.group,
+        _uneven=uneven,
+        _threshold=threshold,
     )
+
+
+def level_of(column: Column) -> tuple[float, float, float]:
+    """Return the quality that a column gives, and the ends of its 95 % interval.
+
+    Args:
+        column: The column.
+    """
+    value, pull = ratio(column.height, column.weight, column.stratum)
+    error = float(np.linalg.norm(_by_group(pull[None] / len(column), column.group)))
+    wide = NormalDist().inv_cdf(0.975) * error
+    return value, value - wide, value + wide
+
+
+def _unevenness(dense: Column) -> float:
+    """Return how many times as much one item's change tells, in variance, as if all items weighed the same."""
+    if dense.stratum is None:
+        return 1.0
+    counts = np.bincount(dense.stratum)
+    return float((len(dense) / counts).sum() / len(counts) ** 2)
 
 
 def _pulls(column: Column, dense: Column, threshold: Threshold) -> _Pulls:
     share = 1.0 if threshold.logarithmic else threshold.retention
-    top, pull = _ratio(dense.height, dense.weight)
-    value, own = _ratio(column.height, column.weight)
-    kept, spread = _ratio(column.kept, column.total)
+    top, pull = ratio(dense.height, dense.weight, dense.stratum)
+    value, own = ratio(column.height, column.weight, column.stratum)
+    kept, spread = ratio(column.kept, column.total, column.stratum)
     base = top + math.log(threshold.retention) if threshold.logarithmic else top * share
     return _Pulls(1 - kept, value - base, own - share * pull, spread)
 
 
-def _against(top: _Pulls, dense: Column, column: Column, threshold: Threshold) -> _Row:
+def _against(top: _Pulls, dense: Column, column: Column, threshold: Threshold, uneven: float) -> _Row:
     few, items = len(column), column.items
     same = dense.at(items)
     sparse, there = _pulls(column, same, threshold), _pulls(same, same, threshold)
@@ -153,36 +212,52 @@ def _against(top: _Pulls, dense: Column, column: Column, threshold: Threshold) -
     pull[items] += (sparse.margins - there.margins) / few
     spread[items], own[items] = sparse.places / few, True
     alone = few if same.group is None else len(np.unique(same.group))
-    changed = _CHANGED / alone**2 if threshold.bounded else 0.0
+    changed = _CHANGED * uneven / alone**2 if threshold.bounded else 0.0
     return _Row(sparse.place, sparse.margin - there.margin + top.margin, pull, spread, changed, own)
 
 
-def _pooled(place: np.ndarray, noise: np.ndarray, rows: Sequence[_Row]) -> np.ndarray:
+def _pooled(place: np.ndarray, noise: np.ndarray, rows: Sequence[_Row], prior: float) -> np.ndarray:
     """Return the variances of the margins, those of few items drawn to a line through all of them.
 
     A few items that lost little also vary little; weighed by their own variance they would count for too much.
+
+    Args:
+        place: Sparsities.
+        noise: Each item's pull on each margin.
+        rows: The points.
+        prior: Items whose own variance weighs as much as the line.
     """
     variance, changed = (noise**2).sum(1), np.array([row.changed for row in rows])
     items = np.array([row.items for row in rows])
     noisy = (items > 0) & (variance + changed > 0) & (place > 0)
-    if noisy.sum() < 2:
+    if noisy.sum() < 2 or not variance[noisy].any():
         return variance + changed
-    few, at = items[noisy], np.log(place[noisy])
-    fit = np.polynomial.Polynomial.fit(at, np.log((variance + changed)[noisy] * few), 1, w=np.sqrt(few))
-    share = few / (few + _PRIOR)
+    few = items[noisy]
+    line = _line(np.log(place[noisy]), variance[noisy] * few, few)
+    share = few / (few + prior)
     own = variance[noisy] + changed[noisy] * few / few.sum()
     pooled = variance.copy()
-    pooled[noisy] = share * own + (1 - share) * np.exp(fit(at)) / few
+    pooled[noisy] = share * own + (1 - share) * line / few
     return pooled
+
+
+def _line(at: np.ndarray, variance: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Return variances of an item as a smooth function of the logarithm of sparsity.
+
+    Source: Nelder and Wedderburn 1972, Generalized linear models: gamma errors and a logarithmic link, for which a
+        variance of a few items may be zero.
+    """
+    powers = (at - at.mean())[:, None] ** np.arange(3 if len(at) > 4 else 2)
+    found = np.zeros(powers.shape[1])
+    found[0] = math.log(np.average(variance, weights=items))
+    middle, weighted = found[0], powers * items[:, None]
+    curvature = weighted.T @ powers + np.diag([0.0, 1.0, 1.0][: len(found)])
+    for _ in range(_STEPS):
+        level = np.exp(np.clip(powers @ found, middle - _FARTHEST, middle + _FARTHEST))
+        found = found + np.linalg.solve(curvature, weighted.T @ np.clip(variance / level - 1, -1.0, 3.0))
+    return np.exp(np.clip(powers @ found, middle - _FARTHEST, middle + _FARTHEST))
 
 
 def _by_group(pulls: np.ndarray, group: np.ndarray | None) -> np.ndarray:
     """Add up the pulls of items of one group."""
     return pulls if group is None else np.stack([np.bincount(group, own) for own in pulls])
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return a ratio of sums and each item's pull on it."""
-    mean = denominator.mean()
-    value = float(numerator.mean() / mean)
-    return value, (numerator - value * denominator) / mean

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import NormalDist
 
 import numpy as np
 
@@ -15,8 +14,8 @@ from dllm_sparsity.analysis.margins import margins
 from dllm_sparsity.analysis.spline import EVERY, Smooth, smooth
 
 LEVEL = 0.95
-_Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-_EARLY = NormalDist().inv_cdf(LEVEL)
+_Z = 1.85
+_EARLY = 1.55
 _SURE = 3.0
 _SHARES = np.linspace(0, 1, 17)[1:]
 _REACH, _FARTHEST = 0.5, 0.02
@@ -116,16 +115,17 @@ def profile(
     curve = smooth(points.place, points.margin, points.covariance, mesh, more)
     value, error = curve.value, curve.error
     error[0] = 0.0
+    tested = error * points.tested(mesh, value)
     estimate, crosses = _first(mesh, value)
-    high, fails = _first(mesh, value + _Z * error)
-    early, _ = _first(mesh, value - _EARLY * error)
+    high, fails = _first(mesh, value + _Z * tested)
+    early, _ = _first(mesh, value - _EARLY * tested)
     sure, surely = _first(mesh, value + _SURE * error)
     return Profile(
         points=points.place,
         margins=points.margin,
         errors=np.sqrt(np.diag(points.covariance)),
         estimate=estimate,
-        low=min(_before(mesh, value - _Z * error, estimate), early, estimate),
+        low=min(_before(mesh, value - _Z * tested, estimate), early, estimate),
         high=max(high, estimate),
         fails=fails,
         sure=sure if surely else math.inf,

@@ -16,8 +16,8 @@ LADDER = (0.0, 0.05, 0.15, 0.3, 0.5, 0.75, 1.0)
 """Shares of the way from dense to the sparsest strength."""
 _GROWTH, _LEAP, _SPARE = 1.25, 1.4, 1.1
 """All items after a round, in those before it: at least, at most, and beyond what the width seems to need."""
-_BLOCKS, _LEAST_BLOCK = 16, 16
-"""No block is larger than this part of the items, unless it has no more items than that."""
+LEAST_BLOCK, _BLOCKS = 16, 16
+"""Items of the smallest block; and no block is larger than this part of the items, unless that is smaller still."""
 _TURNS, _QUARTER = 3, 0.25
 """How often the items are gone through where strengths change other items, and the part of them in a later round."""
 _MOST = 4
@@ -55,11 +55,13 @@ class Limits:
         width: The interval is narrow enough, in sparsity.
         items: Items there are.
         budget: Most item-evaluations, dense ones included; None for no limit.
+        least: Items of the smallest block.
     """
 
     width: float
     items: int
     budget: int | None = None
+    least: int = LEAST_BLOCK
 
 
 @dataclass
@@ -83,16 +85,17 @@ class OutOfBudget(Exception):
     """The next block costs more than what is left."""
 
 
-def boundaries(items: int) -> list[int]:
+def boundaries(items: int, least: int = LEAST_BLOCK) -> list[int]:
     """Return where blocks of items end: the same for every strength and site, so that sealed blocks are shared.
 
     Args:
         items: Items there are.
+        least: Items of the smallest block, if there are so many.
     """
-    ends, size = [], float(FIRST_ITEMS)
-    while round(size) < items:
+    ends, size = [], float(max(FIRST_ITEMS, 2 * least))
+    while round(size) + least <= items:
         ends.append(round(size))
-        size += min(size * (_GROWTH - 1), max(items / _BLOCKS, _LEAST_BLOCK))
+        size += max(least, min(size * (_GROWTH - 1), items / _BLOCKS))
     return [*ends, items]
 
 
@@ -120,7 +123,7 @@ class Search:
         self.dense: Column | None = None
         self.columns: dict[float, Column] = {}
         self.spent = 0
-        self._ends = boundaries(limits.items)
+        self._ends = boundaries(limits.items, limits.least)
         self._turn, self._turns = 1, _TURNS if all(own.bounded for own in thresholds) else 1
         self._round, self._here = range(0), set[float]()  # the items at hand, and strengths measured on some of them
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from dllm_sparsity.analysis.qualities import SCALES, pairs
 from dllm_sparsity.analysis.search import Goal, Search
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.records import Quality
-
-_SAME = ("paradigm", "model", "rule", "rule_parameters", "layers", "site", "kind", "retention")
 
 _PLACED = ("task", "site", "paradigm", "model")
 _TOLD = (*_PLACED, "rule", "quality", "retention", "items", "items_available")
@@ -94,29 +90,42 @@ class SearchedCurve:
             search: The search, done.
             width: The width that was asked for.
         """
-        found = goal.profile
-        path = [
-            {"strength": strength, "sparsity": column.sparsity, "items": len(column)}
-            for strength, column in search.columns.items()
-        ]
         return {
             **self.identity,
             **self.setting,
             "site": self.site,
             "quality": self.quality["name"],
             "kind": self.quality["kind"],
-            "retention": goal.threshold.retention,
-            "value": found.estimate if found else None,
-            "interval": list(found.interval) if found else None,
-            "censored": found is not None and not found.crosses,
-            "reason": None if found else "the budget of item-evaluations was spent before there was an answer",
-            "stopped": goal.stopped,
-            "width": width,
-            "items": goal.items,
-            "items_available": search.limits.items,
-            "evaluations": search.spent,
-            "path": path,
+            **found_by(goal, search, width),
         }
+
+
+def found_by(goal: Goal, search: Search, width: float) -> dict[str, Any]:
+    """Return what a search found for one retention, and what it took, as plain data.
+
+    Args:
+        goal: What was found.
+        search: The search, done.
+        width: The width that was asked for.
+    """
+    found = goal.profile
+    path = [
+        {"strength": strength, "sparsity": column.sparsity, "items": len(column)}
+        for strength, column in search.columns.items()
+    ]
+    return {
+        "retention": goal.threshold.retention,
+        "value": found.estimate if found else None,
+        "interval": list(found.interval) if found else None,
+        "censored": found is not None and not found.crosses,
+        "reason": None if found else "the budget of item-evaluations was spent before there was an answer",
+        "stopped": goal.stopped,
+        "width": width,
+        "items": goal.items,
+        "items_available": search.limits.items,
+        "evaluations": search.spent,
+        "path": path,
+    }
 
 
 def open_cell(folder: Path) -> Cell:
@@ -128,22 +137,8 @@ def open_cell(folder: Path) -> Cell:
     return Cell(folder, read_record(folder / "cell.json"))
 
 
-def averages(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the mean critical sparsity over tasks, which are independent of each other.
-
-    Args:
-        answers: Of a study; a curve counts where all its tasks have an answer.
-    """
-    grouped: dict[str, list[dict[str, Any]]] = {}
-    for own in answers:
-        grouped.setdefault(repr([own.get(name) for name in _SAME]), []).append(own)
-    return [
-        _average(own) for own in grouped.values() if len(own) > 1 and all(each["value"] is not None for each in own)
-    ]
-
-
 def ends(search: Any) -> list[dict[str, Any]]:
-    """Return how each search ended, in the order of the main table.
+    """Return how each search ended, those of averages too, in the order of the main table.
 
     Args:
         search: What search.json holds, or None.
@@ -152,7 +147,7 @@ def ends(search: Any) -> list[dict[str, Any]]:
         Rows with `task, site, rule, paradigm, model, quality, retention, ended, evaluations, items, items_available`;
         evaluations is text: those of layers measured alone are told beside those of the search.
     """
-    answers = search.get("curves", []) if isinstance(search, dict) else []
+    answers = [*search.get("curves", []), *search.get("averages", [])] if isinstance(search, dict) else []
     alone = {
         repr(_along(own)): own["allocation"]["evaluations"]["layers_alone"]
         for own in answers
@@ -165,25 +160,14 @@ def ends(search: Any) -> list[dict[str, Any]]:
         ended = _STOPS.get(own["stopped"], str(own["stopped"])).format(100 * own["width"])
         named = {name: own[name] for name in _TOLD}
         rows.append({**named, "ended": ended, "evaluations": spent})
-    return sorted(rows, key=lambda row: [row[name] for name in ("task", "site", "rule", "paradigm", "model")])
+    last = {own["task"] for own in answers if "tasks" in own}
+    order = ("task", "site", "rule", "paradigm", "model")
+    return sorted(rows, key=lambda row: [row["task"] in last, *(row[name] for name in order)])
 
 
 def _along(uniform: dict[str, Any]) -> list[Any]:
     """Return what tells the search along an allocation from all others."""
     return [*(uniform[name] for name in _PLACED), uniform["allocation"]["rule"]["parameters"], uniform["retention"]]
-
-
-def _average(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    values = np.array([own["value"] for own in answers])
-    ends = np.array([own["interval"] for own in answers])
-    below, above = (math.sqrt(float(((values - ends[:, end]) ** 2).sum())) / len(values) for end in (0, 1))
-    return {
-        **{name: answers[0].get(name) for name in _SAME},
-        "tasks": [own["task"] for own in answers],
-        "value": float(values.mean()),
-        "interval": [float(values.mean()) - below, float(values.mean()) + above],
-        "censored": any(own["censored"] for own in answers),
-    }
 
 
 def _choose(dense: Cell, asked: str | None) -> Quality:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dllm_sparsity.analysis.catalogue import WORLDS
 from dllm_sparsity.analysis.critical import PAPER_GRID, readings
 from dllm_sparsity.analysis.search import LADDER, Goal, Limits, Search
 from dllm_sparsity.analysis.statistics import resampled_sums
-from dllm_sparsity.analysis.worlds import WORLDS, Sample, World
+from dllm_sparsity.analysis.worlds import Blend, BlendedSample, Sample, World
 
 NARROWEST = 0.002
 _DRAWS = 400
@@ -40,7 +41,7 @@ class Tally:
         grid: What grids of the paper's values on as many items give.
     """
 
-    world: World
+    world: World | Blend
     truth: float
     beyond: bool
     studies: int
@@ -87,7 +88,7 @@ class Grid:
     stretch: float
 
 
-def search_study(sample: Sample, limits: Limits) -> tuple[Goal, int]:
+def search_study(sample: Sample | BlendedSample, limits: Limits) -> tuple[Goal, int]:
     """Search one simulated study; return what was found and the item-evaluations spent.
 
     Args:
@@ -104,25 +105,31 @@ def search_study(sample: Sample, limits: Limits) -> tuple[Goal, int]:
         return end.value[0], search.spent
 
 
-def grid_study(sample: Sample) -> tuple[float, float, float]:
+def grid_study(sample: Sample | BlendedSample) -> tuple[float, float, float]:
     """Return the interpolated reading on the paper's 26 values between the ends of its paired bootstrap interval.
 
     Args:
         sample: The items.
     """
     world = sample.world
-    columns = [sample.column(1 - p, 0, world.items) for p in PAPER_GRID]
-    flat = np.stack([part for own in columns for part in (own.height, own.weight, own.kept, own.total)], axis=1)
-    groups = None if sample.group is None else np.unique(sample.group, return_inverse=True)[1]
-    sums = np.concatenate([flat.sum(0)[None], resampled_sums(flat, _DRAWS, groups=groups)])
-    sums = sums.reshape(_DRAWS + 1, len(PAPER_GRID), 4)
-    height, sparsity = sums[..., 0] / sums[..., 1], 1 - sums[..., 2] / sums[..., 3]
+    samples = sample.samples if isinstance(sample, BlendedSample) else [sample]
+    height, sparsity = np.mean([_drawn(own, seed) for seed, own in enumerate(samples)], axis=0)
     read = readings(sparsity, height, world.retention, world.kind == "nll")[0]["interpolated"]
     low, high = np.quantile(read[1:], [0.025, 0.975])
     return float(low), float(read[0]), float(high)
 
 
-def grids(world: World, count: int) -> Grid:
+def _drawn(sample: Sample, seed: int) -> np.ndarray:
+    """Return quality and sparsity on all items, then in each bootstrap draw: (2, 1 + draws, values)."""
+    columns = [sample.column(1 - p, 0, sample.world.items) for p in PAPER_GRID]
+    flat = np.stack([part for own in columns for part in (own.height, own.weight, own.kept, own.total)], axis=1)
+    groups = None if sample.group is None else np.unique(sample.group, return_inverse=True)[1]
+    sums = np.concatenate([flat.sum(0)[None], resampled_sums(flat, _DRAWS, seed, groups)])
+    sums = sums.reshape(_DRAWS + 1, len(PAPER_GRID), 4)
+    return np.stack([sums[..., 0] / sums[..., 1], 1 - sums[..., 2] / sums[..., 3]])
+
+
+def grids(world: World | Blend, count: int) -> Grid:
     """Simulate grids of the paper's 26 values.
 
     Args:
@@ -141,7 +148,7 @@ def grids(world: World, count: int) -> Grid:
     )
 
 
-def tally(world: World, studies: int, count: int) -> Tally:
+def tally(world: World | Blend, studies: int, count: int) -> Tally:
     """Simulate studies of one world.
 
     Args:
@@ -151,7 +158,7 @@ def tally(world: World, studies: int, count: int) -> Tally:
     """
     truth, beyond = world.truth()
     grid = grids(world, count)
-    limits = Limits(max(grid.width * grid.stretch, NARROWEST), world.items)
+    limits = Limits(max(grid.width * grid.stretch, NARROWEST), world.items, least=world.least)
     sides, widths, spent = [], [], []
     for seed in range(studies):
         goal, evaluations = search_study(world.draw(seed), limits)

@@ -6,9 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dllm_sparsity.analysis.blocks import Answer, blocks_of, is_probe
+from dllm_sparsity.analysis.blocks import Answer, blocks_of, is_part, is_probe
 from dllm_sparsity.analysis.loading import Cell
-from dllm_sparsity.analysis.searched import averages
 
 _CURVE = ("paradigm", "model", "task", "rule", "site", "rule_parameters")
 
@@ -20,7 +19,8 @@ def standing(search: Any, cells: Sequence[Cell]) -> tuple[Any, tuple[str, ...]]:
         search: What search.json holds, or None.
         cells: The sealed cells whose files are whole.
     """
-    answers = search.get("curves", []) if isinstance(search, dict) else []
+    search = search if isinstance(search, dict) else {}
+    answers, averages = search.get("curves", []), search.get("averages", [])
     reached: dict[str, int] = {}
     for cell in blocks_of(cells):
         key = _key(cell.record, cell.record["strength"], cell.record["layers"])
@@ -28,15 +28,41 @@ def standing(search: Any, cells: Sequence[Cell]) -> tuple[Any, tuple[str, ...]]:
     alone = {_key(cell.record, cell.record["strength"], cell.record["layers"]) for cell in cells if is_probe(cell)}
     whole = [answer for answer in answers if _is_measured(answer, reached)]
     kept = [_with_allocation(answer, whole, alone) for answer in whole]
-    told = [f"the answer of the search for {_place(answer)}" for answer in answers if answer not in whole]
+    sound = _sound(averages, [cell for cell in cells if is_part(cell)])
+    told = [
+        f"the answer of the search for {_place(answer)}"
+        for answer in [*answers, *averages]
+        if answer not in whole and answer not in sound
+    ]
     told += [
         f"the strengths by layer for {_place(before)}"
         for before, now in zip(whole, kept, strict=True)
         if now is not before
     ]
     if not told:
-        return search, ()
-    return {"curves": kept, "averages": averages(kept)}, tuple(dict.fromkeys(told))
+        return search or None, ()
+    return {"curves": kept, "averages": sound}, tuple(dict.fromkeys(told))
+
+
+def _sound(averages: Sequence[Answer], parts: Sequence[Cell]) -> list[Answer]:
+    """Return the answers on averages for which every task's part is there on as many items as were measured."""
+    items: dict[str, int] = {}
+    for cell in parts:
+        key = _key(cell.record, cell.record["strength"], cell.record["layers"])
+        items[key] = items.get(key, 0) + cell.record["items"]
+    return [
+        answer
+        for answer in averages
+        if all(
+            items.get(_key({**answer, "task": task}, at, answer["layers"]), 0) >= count
+            for at, counts in _measured(answer)
+            for task, count in zip(answer["tasks"], counts, strict=True)
+        )
+    ]
+
+
+def _measured(answer: Answer) -> list[tuple[float | None, list[int]]]:
+    return [(None if at == "dense" else float(at), counts) for at, counts in answer["measured"].items()]
 
 
 def _is_measured(answer: Answer, reached: dict[str, int]) -> bool:

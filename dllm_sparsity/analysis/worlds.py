@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import NormalDist
 
 import numpy as np
 
+from dllm_sparsity.analysis.averaged import mixed
 from dllm_sparsity.analysis.column import Column, Threshold
+from dllm_sparsity.analysis.mixture import Mixture
+from dllm_sparsity.analysis.search import LEAST_BLOCK
 
 _WAVES = 3
 _PHI = np.vectorize(NormalDist().cdf, otypes=[float])
@@ -47,6 +49,11 @@ class World:
         """Return what is asked."""
         return Threshold(self.retention, self.kind == "nll", self.kind == "accuracy")
 
+    @property
+    def least(self) -> int:
+        """Return the items of the smallest block."""
+        return LEAST_BLOCK
+
     def margin(self, strength: np.ndarray) -> np.ndarray:
         """Return the population's margin at strengths between 0, dense, and 1.
 
@@ -61,9 +68,7 @@ class World:
 
     def truth(self) -> tuple[float, bool]:
         """Return the population's critical sparsity, and whether there is none below the end of the range."""
-        mesh = np.linspace(0, 1, 200_001)
-        below = self.margin(mesh) < 0
-        return (float(sparsity_at(mesh[below.argmax()])), False) if below.any() else (float(sparsity_at(1.0)), True)
+        return crossing(self.margin)
 
     def draw(self, seed: int) -> Sample:
         """Return the items of one study.
@@ -125,6 +130,94 @@ class Sample:
         return Column(height, weight, kept, total, self.group)
 
 
+@dataclass(frozen=True)
+class Blend:
+    """Several populations whose average is asked for.
+
+    Args:
+        name: For the table.
+        worlds: The populations, of one kind and asked for one retention.
+        held_out: Whether nobody looked at it while the search was made.
+    """
+
+    name: str
+    worlds: tuple[World, ...]
+    held_out: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Return `accuracy` or `nll`."""
+        return self.worlds[0].kind
+
+    @property
+    def retention(self) -> float:
+        """Return the share of dense to be kept."""
+        return self.worlds[0].retention
+
+    @property
+    def threshold(self) -> Threshold:
+        """Return what is asked."""
+        return self.worlds[0].threshold
+
+    @property
+    def mixture(self) -> Mixture:
+        """Return the order of the items."""
+        return Mixture([world.items for world in self.worlds])
+
+    @property
+    def items(self) -> int:
+        """Return the items of a study."""
+        return self.mixture.items
+
+    @property
+    def least(self) -> int:
+        """Return the items of the smallest block."""
+        return self.mixture.least
+
+    def truth(self) -> tuple[float, bool]:
+        """Return the critical sparsity of the average, and whether there is none below the end of the range."""
+        return crossing(lambda strength: np.mean([world.margin(strength) for world in self.worlds], axis=0))
+
+    def draw(self, seed: int) -> BlendedSample:
+        """Return the items of one study.
+
+        Args:
+            seed: Another seed, other items.
+        """
+        return BlendedSample(self, seed)
+
+
+class BlendedSample:
+    """The items of one study of several populations."""
+
+    def __init__(self, world: Blend, seed: int) -> None:
+        self.world, self._mixture = world, world.mixture
+        self.samples = [own.draw(seed * len(world.worlds) + number) for number, own in enumerate(world.worlds)]
+
+    def column(self, strength: float, start: int, stop: int) -> Column:
+        """Return what a block of items gives.
+
+        Args:
+            strength: Between 0, dense, and 1.
+            start: First item, in the mixture's order.
+            stop: One behind the last.
+        """
+        parts = self._mixture.parts(start, stop)
+        columns = [own.column(strength, *part) for own, part in zip(self.samples, parts, strict=True)]
+        return mixed(columns, parts)
+
+
+def crossing(margin: Callable[[np.ndarray], np.ndarray]) -> tuple[float, bool]:
+    """Return the sparsity at which a margin first falls below zero, and whether it never does: then the end.
+
+    Args:
+        margin: The margin at strengths.
+    """
+    mesh = np.linspace(0, 1, 200_001)
+    below = margin(mesh) < 0
+    return (float(sparsity_at(mesh[below.argmax()])), False) if below.any() else (float(sparsity_at(1.0)), True)
+
+
 def sparsity_at(strength: np.ndarray | float) -> np.ndarray:
     """Return the sparsity that a strength reaches: more than proportional at first, as under top-p.
 
@@ -132,74 +225,3 @@ def sparsity_at(strength: np.ndarray | float) -> np.ndarray:
         strength: Between 0, dense, and 1.
     """
     return 0.95 * np.asarray(strength) ** 0.6
-
-
-def _power(scale: float, power: float) -> Callable[[np.ndarray], np.ndarray]:
-    return partial(_powered, scale, power)
-
-
-def _powered(scale: float, power: float, s: np.ndarray) -> np.ndarray:
-    return scale * sparsity_at(s) ** power
-
-
-def _hump(s: np.ndarray) -> np.ndarray:
-    """Improve at first, fall later."""
-    x = sparsity_at(s)
-    return 2.0 * x**5 - 0.06 * np.sin(np.minimum(x / 0.5, 1) * math.pi)
-
-
-def _dip(s: np.ndarray) -> np.ndarray:
-    """Fall into a dip, come back, and fall for good."""
-    x = sparsity_at(s)
-    return 0.3 * np.exp(-(((x - 0.4) / 0.1) ** 2)) + 2.0 * np.maximum(x - 0.7, 0) ** 2
-
-
-def _scaled(shape: Callable[[np.ndarray], np.ndarray], scale: float) -> Callable[[np.ndarray], np.ndarray]:
-    return partial(_times, shape, scale)
-
-
-def _times(shape: Callable[[np.ndarray], np.ndarray], scale: float, s: np.ndarray) -> np.ndarray:
-    return scale * shape(s)
-
-
-def _stairs(s: np.ndarray) -> np.ndarray:
-    """Fall by two smooth steps."""
-    x = sparsity_at(s)
-    return 0.1 / (1 + np.exp(-(x - 0.35) / 0.05)) + 0.8 / (1 + np.exp(-(x - 0.7) / 0.04)) - 0.1 / (1 + math.exp(7))
-
-
-def _waves(s: np.ndarray) -> np.ndarray:
-    """Fall slowly, to and fro."""
-    x = sparsity_at(s)
-    return 0.02 * x + 0.01 * np.sin(12 * x) * np.minimum(x / 0.2, 1)
-
-
-WORLDS = (
-    World("accuracy, monotone", "accuracy", _power(1.5, 5), 4000),
-    World("accuracy, steep", "accuracy", _power(60.0, 8), 4000, flips=0.1),
-    World("accuracy, few items", "accuracy", _power(1.5, 5), 600),
-    World("accuracy, rises first", "accuracy", _hump, 4000),
-    World("accuracy, dip and recovery", "accuracy", _dip, 4000),
-    World("accuracy, fails at once", "accuracy", _power(1.5, 1.0), 4000),
-    World("accuracy, never fails", "accuracy", _power(0.002, 2), 4000),
-    World("accuracy, fails at the end", "accuracy", _power(0.05, 3), 4000),
-    World("NLL, monotone", "nll", _power(1.0, 5), 1000),
-    World("NLL, rises first", "nll", _scaled(_hump, 0.5), 1000),
-    World("NLL, dip and recovery", "nll", _scaled(_dip, 0.5), 1000),
-    World("NLL, fails at once", "nll", _power(0.5, 1.0), 1000),
-    World("NLL, never fails", "nll", _power(0.005, 2), 1000),
-    World("NLL, fails at the end", "nll", _power(0.0125, 3), 1000),
-    World("accuracy, groups of 4", "accuracy", _power(1.5, 4), 4000, together=4),
-    World("accuracy, 95 % kept", "accuracy", _power(1.5, 4), 2000, retention=0.95),
-    World("accuracy, hard items, two steps", "accuracy", _stairs, 3000, skill=0.1),
-    World("accuracy, loosely paired", "accuracy", _power(2.0, 4), 6000, flips=0.6),
-    World("accuracy, easy items, 98 % kept", "accuracy", _power(2.0, 3), 1500, retention=0.98, skill=1.6),
-    World("accuracy, groups of 5, 95 % kept", "accuracy", _power(3.0, 4), 3000, 0.95, together=5),
-    World("NLL, 95 % kept", "nll", _power(1.0, 3), 600, retention=0.95),
-    World("NLL, to and fro", "nll", _waves, 1500),
-    World("NLL, groups of 5, two steps", "nll", _scaled(_stairs, 0.3), 2000, together=5),
-    World("accuracy, slow fall, 97 % kept", "accuracy", _power(0.8, 2.5), 5000, 0.97, skill=0.5, held_out=True),
-    World("accuracy, pairs, loosely paired", "accuracy", _power(1.0, 4), 2500, flips=0.45, together=2, held_out=True),
-    World("NLL, rises first, 98 % kept", "nll", _scaled(_hump, 0.8), 800, retention=0.98, held_out=True),
-    World("NLL, groups of 3, slow fall", "nll", _power(0.3, 2.2), 1200, together=3, held_out=True),
-)

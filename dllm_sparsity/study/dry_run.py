@@ -124,6 +124,7 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
             f"the search is taken to go through the items {plan.SEARCH_PASSES:g} times for each rule and site,"
             " as simulated searches do on average"
             + (", twice with its allocation by layer" if config.search.layerwise else "")
+            + (", an average over tasks as often as one task" if config.search.average and _count(tasks) > 1 else "")
         )
     return found
 
@@ -133,8 +134,7 @@ def _model(
 ) -> None:
     planner, price, why, stacked = None, None, "", False
     curves = sum(len(rule.sites) for rule in config.rules)
-    searched = round(plan.SEARCH_PASSES * curves) if config.search is not None else 0
-    searched *= 2 if config.search is not None and config.search.layerwise else 1
+    searched = round(plan.search_passes(config.search, _count(tasks)) * curves)
     try:
         architecture = find_architecture(resolve(model.model), model.revision)
         built = build(architecture, model.trust_remote_code)
@@ -174,6 +174,10 @@ def _model(
             some = own or [plan.block_cell(config, model, spec, (config.rules[0], config.rules[0].sites[0]), None)]
             made.append((part, some, batches))
     _probe(model, made, config, found, tell)
+
+
+def _count(tasks: dict[TaskSpec, list[LoadedTask] | UserError]) -> int:
+    return sum(1 if isinstance(own, UserError) else len(own) for own in tasks.values())
 
 
 def _fill(part: Part, work: Workload, price: Costs, cells: list) -> None:

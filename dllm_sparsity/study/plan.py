@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.config import ModelConfig, RuleConfig, SearchConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.records import PRIMITIVE_SITES
+from dllm_sparsity.study.tasks import LoadedTask
 
 _ALL = ("input", "intermediate")
 
@@ -33,6 +35,7 @@ class Cell:
         block: Start and stop of the items that a search asked for, in its order; None for all items.
         replicate: Number of a further dense run, whose requests are batched in another order; 0 for the first run.
         probe: Whether it only helps to plan others, so that no curve is made of it.
+        average: Whether it is a task's part of a search on the average over tasks, of whose items a block is.
     """
 
     model: ModelConfig
@@ -44,6 +47,7 @@ class Cell:
     block: tuple[int, int] | None = None
     replicate: int = 0
     probe: bool = False
+    average: bool = False
 
     @property
     def title(self) -> str:
@@ -52,7 +56,14 @@ class Cell:
         where += f", run {self.replicate + 1}" if self.replicate else ""
         items = "" if self.block is None else f" | items {self.block[0]} to {self.block[1]}"
         alone = f" | layers {list(self.rule.layers)} alone" if self.probe and self.rule and self.rule.layers else ""
+        items += " for the average" if self.average else ""
         return f"{self.model.name} | {self.task.name or self.task.text} | {where}{alone}{items}"
+
+
+Loaded = tuple[TaskSpec, LoadedTask]
+"""A task as the user gave it, and loaded; one name may stand for several."""
+Asks = Generator[tuple[Cell, LoadedTask], Path, None]
+"""A search: it yields the cell it wants next, and its task, and is sent the folder that the cell is sealed in."""
 
 
 def expand(config: StudyConfig) -> list[Cell]:
@@ -92,6 +103,20 @@ def block_cell(
         asked = {own for each in config.rules for choice in each.sites for own in _primitive(choice)}
         return Cell(model, task, None, None, None, tuple(own for own in PRIMITIVE_SITES if own in asked))
     return Cell(model, task, rule, at, site, _primitive(site))
+
+
+def search_passes(search: SearchConfig | None, tasks: int) -> float:
+    """Return how often the items of each task are likely to be gone through for one curve.
+
+    Args:
+        search: What is asked; None for no search.
+        tasks: Tasks of the study.
+    """
+    if search is None:
+        return 0.0
+    along = 2 if search.layerwise else 1  # once more along the allocation
+    shared = 1 / tasks if search.average and tasks > 1 else 0.0  # as sure as one task with as many items in all
+    return SEARCH_PASSES * (along + shared)
 
 
 def with_block(cell: Cell, start: int, stop: int) -> Cell:
@@ -201,6 +226,7 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
     return {
         **only_some,
         **({"probe": True} if cell.probe else {}),
+        **({"average": True} if cell.average else {}),
         "model": model,
         "name": cell.model.name,  # changes no answer, but a sealed cell carries it
         "weights": weights,

@@ -10,7 +10,7 @@ from dllm_sparsity import registry
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
-from dllm_sparsity.study.plan import SEARCH_PASSES, Cell, cell_parts, expand, fingerprint, stacks
+from dllm_sparsity.study.plan import Cell, Loaded, cell_parts, expand, fingerprint, search_passes, stacks
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
 
 
@@ -76,22 +76,29 @@ class Planner:
                 jobs.setdefault(job.fingerprint, job)
         return list(jobs.values())
 
-    def pairs(self) -> list[tuple[ModelConfig, TaskSpec, LoadedTask]]:
-        """Return each model with each task, as the user gave it and loaded."""
-        return [
-            (model, spec, task)
-            for model in self.config.models
-            for spec in self.config.tasks
-            for task in self.tasks[spec]
-        ]
+    def searched(self) -> list[tuple[ModelConfig, list[Loaded]]]:
+        """Return what is searched on: each model with each task, and with all tasks where their average is asked for.
+
+        Each task is there as the user gave it and loaded.
+        """
+        tasks = self._loaded()
+        chosen = [[own] for own in tasks]
+        if self.config.search is not None and self.config.search.average and len(tasks) > 1:
+            chosen.append(tasks)
+        return [(model, own) for model in self.config.models for own in chosen]
+
+    def _loaded(self) -> list[Loaded]:
+        return [(spec, task) for spec in self.config.tasks for task in self.tasks[spec]]
 
     def search_cost(self) -> float:
         """Guess what all searches cost: so many times the items of each curve."""
-        twice = self.config.search is not None and self.config.search.layerwise  # once more along the allocation
-        passes = SEARCH_PASSES * (2 if twice else 1)
-        curves = [(rule, site) for rule in self.config.rules for site in rule.sites]
-        dense = [self.job(Cell(model, spec, None, None, None, ()), task).cost for model, spec, task in self.pairs()]
-        return passes * len(curves) * sum(dense)
+        curves = sum(len(rule.sites) for rule in self.config.rules)
+        dense = [
+            self.job(Cell(model, spec, None, None, None, ()), task).cost
+            for model in self.config.models
+            for spec, task in self._loaded()
+        ]
+        return search_passes(self.config.search, len(self._loaded())) * curves * sum(dense)
 
 
 def together(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,21 +11,20 @@ from typing import Any, Protocol
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.attached import Host, LocalHost
-from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.config import ModelConfig, StudyConfig
 from dllm_sparsity.study.engines import Engine, Share, slurm
 from dllm_sparsity.study.engines.planner import Job, Planner, together
 from dllm_sparsity.study.engines.pool import Pool, PoolHost
 from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
-from dllm_sparsity.study.plan import Cell
+from dllm_sparsity.study.plan import Asks, Loaded
 from dllm_sparsity.study.quiet import quiet
 from dllm_sparsity.study.run import run_cell
 from dllm_sparsity.study.rundir import RunDir
 from dllm_sparsity.study.setting import Setting
 from dllm_sparsity.study.stacked import Fellow, LeadHost, why_alone
-from dllm_sparsity.study.tasks import LoadedTask
 
-Searches = Callable[[ModelConfig, TaskSpec, LoadedTask], Iterable[Generator[Cell, Path, None]]]
-"""For a model and a task: loops that yield the cell they want next and are sent the folder it is sealed in."""
+Searches = Callable[[ModelConfig, Sequence[Loaded]], Iterable[Asks]]
+"""For a model and a task, or several for their average: its searches."""
 
 
 class Progress(Protocol):
@@ -102,18 +101,18 @@ def run_study(
         runner.plan(jobs)
         if config.search is None and share.parts == 1:  # a search may ask for its cells again, another part for its own
             rundir.drop_journals({job.fingerprint for job in jobs})
-        pairs = [] if searches is None else share.of(planner.pairs())
+        searched = [] if searches is None else share.of(planner.searched())
         if engine.kind == "slurm":
             slurm.take_over(slurm.cells_of_parts(rundir), rundir)
         open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
         total = sum(job.cost for job in jobs)
-        expected = planner.search_cost() if pairs else 0.0
+        expected = planner.search_cost() if searched else 0.0
         progress.start(total + expected, total - sum(job.cost for job in open_jobs))
-        if engine.kind == "slurm" and (open_jobs or not runner.are_done(searches, pairs)):
+        if engine.kind == "slurm" and (open_jobs or not runner.are_done(searches, searched)):
             progress.cell("SLURM", total + expected)
             asked = config.model_copy(update={"device": described["device"]})
             with quiet(rundir.log):
-                slurm.run(asked, rundir, searches, engine, max(len(stacks), len(pairs)), progress.share)
+                slurm.run(asked, rundir, searches, engine, max(len(stacks), len(searched)), progress.share)
             open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
         left = {job.fingerprint for job in open_jobs}
         for model in config.models:
@@ -121,9 +120,9 @@ def run_study(
             for stack in stacks:
                 if stack[0].cell.model == model:
                     runner.run_all([job for job in stack if job.fingerprint in left])
-            for spec, task in (pair[1:] for pair in pairs if pair[0] == model):
-                for search in searches(model, spec, task) if searches is not None else ():
-                    runner.drive(search, task)
+            for tasks in (own for each, own in searched if each == model):
+                for search in searches(model, tasks) if searches is not None else ():
+                    runner.drive(search)
         return rundir
     except BaseException:
         if rundir is not None:
@@ -209,17 +208,17 @@ class _Runner:
             return LocalHost(open_backend(model, self.config.device, self.config.seed))
         return PoolHost(self.pool, open_backend(model, "meta", self.config.seed))
 
-    def are_done(self, searches: Searches | None, pairs: list[tuple[ModelConfig, TaskSpec, LoadedTask]]) -> bool:
+    def are_done(self, searches: Searches | None, searched: Sequence[tuple[ModelConfig, list[Loaded]]]) -> bool:
         """Tell whether all searches come to their end on sealed cells alone."""
         trial = copy.deepcopy(searches)  # they keep what they find
         return trial is None or all(
-            self._is_done(search, task) for model, spec, task in pairs for search in trial(model, spec, task)
+            self._is_done(search) for model, tasks in searched for search in trial(model, tasks)
         )
 
-    def _is_done(self, search: Generator[Cell, Path, None], task: LoadedTask) -> bool:
-        return self._follow(search, task, lambda job: self.rundir.is_sealed(job.fingerprint))
+    def _is_done(self, search: Asks) -> bool:
+        return self._follow(search, lambda job: self.rundir.is_sealed(job.fingerprint))
 
-    def drive(self, search: Generator[Cell, Path, None], task: LoadedTask) -> None:
+    def drive(self, search: Asks) -> None:
         """Give a search the cells it asks for: sealed ones from disk."""
 
         def sealed(job: Job) -> bool:
@@ -228,14 +227,14 @@ class _Runner:
                 self.run(job)
             return True
 
-        self._follow(search, task, sealed)
+        self._follow(search, sealed)
 
-    def _follow(self, search: Generator[Cell, Path, None], task: LoadedTask, sealed: Callable[[Job], bool]) -> bool:
+    def _follow(self, search: Asks, sealed: Callable[[Job], bool]) -> bool:
         """Send a search the cells it asks for while they are sealed; return whether it came to its end."""
         try:
-            cell = next(search)
-            while sealed(job := self.planner.job(cell, task)):
-                cell = search.send(self.rundir.path / "cells" / job.fingerprint)
+            asked = next(search)
+            while sealed(job := self.planner.job(*asked)):
+                asked = search.send(self.rundir.path / "cells" / job.fingerprint)
             return False
         except StopIteration:
             return True

@@ -1,0 +1,107 @@
+"""The populations that searches are tried on: how quality falls with strength, in many shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from dllm_sparsity.analysis.worlds import Blend, World, sparsity_at
+
+
+def _power(scale: float, power: float) -> Callable[[np.ndarray], np.ndarray]:
+    return partial(_powered, scale, power)
+
+
+def _powered(scale: float, power: float, s: np.ndarray) -> np.ndarray:
+    return scale * sparsity_at(s) ** power
+
+
+def _hump(s: np.ndarray) -> np.ndarray:
+    """Improve at first, fall later."""
+    x = sparsity_at(s)
+    return 2.0 * x**5 - 0.06 * np.sin(np.minimum(x / 0.5, 1) * math.pi)
+
+
+def _dip(s: np.ndarray) -> np.ndarray:
+    """Fall into a dip, come back, and fall for good."""
+    x = sparsity_at(s)
+    return 0.3 * np.exp(-(((x - 0.4) / 0.1) ** 2)) + 2.0 * np.maximum(x - 0.7, 0) ** 2
+
+
+def _scaled(shape: Callable[[np.ndarray], np.ndarray], scale: float) -> Callable[[np.ndarray], np.ndarray]:
+    return partial(_times, shape, scale)
+
+
+def _times(shape: Callable[[np.ndarray], np.ndarray], scale: float, s: np.ndarray) -> np.ndarray:
+    return scale * shape(s)
+
+
+def _stairs(s: np.ndarray) -> np.ndarray:
+    """Fall by two smooth steps."""
+    x = sparsity_at(s)
+    return 0.1 / (1 + np.exp(-(x - 0.35) / 0.05)) + 0.8 / (1 + np.exp(-(x - 0.7) / 0.04)) - 0.1 / (1 + math.exp(7))
+
+
+def _waves(s: np.ndarray) -> np.ndarray:
+    """Fall slowly, to and fro."""
+    x = sparsity_at(s)
+    return 0.02 * x + 0.01 * np.sin(12 * x) * np.minimum(x / 0.2, 1)
+
+
+WORLDS = (
+    World("accuracy, monotone", "accuracy", _power(1.5, 5), 4000),
+    World("accuracy, steep", "accuracy", _power(60.0, 8), 4000, flips=0.1),
+    World("accuracy, few items", "accuracy", _power(1.5, 5), 600),
+    World("accuracy, rises first", "accuracy", _hump, 4000),
+    World("accuracy, dip and recovery", "accuracy", _dip, 4000),
+    World("accuracy, fails at once", "accuracy", _power(1.5, 1.0), 4000),
+    World("accuracy, never fails", "accuracy", _power(0.002, 2), 4000),
+    World("accuracy, fails at the end", "accuracy", _power(0.05, 3), 4000),
+    World("NLL, monotone", "nll", _power(1.0, 5), 1000),
+    World("NLL, rises first", "nll", _scaled(_hump, 0.5), 1000),
+    World("NLL, dip and recovery", "nll", _scaled(_dip, 0.5), 1000),
+    World("NLL, fails at once", "nll", _power(0.5, 1.0), 1000),
+    World("NLL, never fails", "nll", _power(0.005, 2), 1000),
+    World("NLL, fails at the end", "nll", _power(0.0125, 3), 1000),
+    World("accuracy, groups of 4", "accuracy", _power(1.5, 4), 4000, together=4),
+    World("accuracy, 95 % kept", "accuracy", _power(1.5, 4), 2000, retention=0.95),
+    World("accuracy, hard items, two steps", "accuracy", _stairs, 3000, skill=0.1),
+    World("accuracy, loosely paired", "accuracy", _power(2.0, 4), 6000, flips=0.6),
+    World("accuracy, easy items, 98 % kept", "accuracy", _power(2.0, 3), 1500, retention=0.98, skill=1.6),
+    World("accuracy, groups of 5, 95 % kept", "accuracy", _power(3.0, 4), 3000, 0.95, together=5),
+    World("NLL, 95 % kept", "nll", _power(1.0, 3), 600, retention=0.95),
+    World("NLL, to and fro", "nll", _waves, 1500),
+    World("NLL, groups of 5, two steps", "nll", _scaled(_stairs, 0.3), 2000, together=5),
+    World("accuracy, slow fall, 97 % kept", "accuracy", _power(0.8, 2.5), 5000, 0.97, skill=0.5, held_out=True),
+    World("accuracy, pairs, loosely paired", "accuracy", _power(1.0, 4), 2500, flips=0.45, together=2, held_out=True),
+    World("NLL, rises first, 98 % kept", "nll", _scaled(_hump, 0.8), 800, retention=0.98, held_out=True),
+    World("NLL, groups of 3, slow fall", "nll", _power(0.3, 2.2), 1200, together=3, held_out=True),
+    Blend(
+        "average of 3 tasks, accuracy",
+        (
+            World("", "accuracy", _power(1.5, 5), 1500),
+            World("", "accuracy", _power(2.0, 3), 1500, skill=0.3),
+            World("", "accuracy", _hump, 1500, skill=1.4),
+        ),
+    ),
+    Blend(
+        "average of 4 tasks of 200 to 4000 items, accuracy",
+        (
+            World("", "accuracy", _power(1.5, 4), 200),
+            World("", "accuracy", _power(3.0, 5), 1000, together=4),
+            World("", "accuracy", _stairs, 600, skill=0.1),
+            World("", "accuracy", _power(1.0, 3), 4000, flips=0.5),
+        ),
+    ),
+    Blend(
+        "average of 3 tasks, NLL",
+        (
+            World("", "nll", _power(1.0, 5), 500),
+            World("", "nll", _power(0.5, 2), 300),
+            World("", "nll", _scaled(_hump, 0.5), 900),
+        ),
+    ),
+)
