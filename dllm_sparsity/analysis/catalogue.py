@@ -75,10 +75,10 @@ WORLDS = (
     World("NLL, 95 % kept", "nll", _power(1.0, 3), 600, retention=0.95),
     World("NLL, to and fro", "nll", _waves, 1500),
     World("NLL, groups of 5, two steps", "nll", _scaled(_stairs, 0.3), 2000, together=5),
-    World("accuracy, slow fall, 97 % kept", "accuracy", _power(0.8, 2.5), 5000, 0.97, skill=0.5, held_out=True),
-    World("accuracy, pairs, loosely paired", "accuracy", _power(1.0, 4), 2500, flips=0.45, together=2, held_out=True),
-    World("NLL, rises first, 98 % kept", "nll", _scaled(_hump, 0.8), 800, retention=0.98, held_out=True),
-    World("NLL, groups of 3, slow fall", "nll", _power(0.3, 2.2), 1200, together=3, held_out=True),
+    World("accuracy, slow fall, 97 % kept", "accuracy", _power(0.8, 2.5), 5000, 0.97, skill=0.5),
+    World("accuracy, pairs, loosely paired", "accuracy", _power(1.0, 4), 2500, flips=0.45, together=2),
+    World("NLL, rises first, 98 % kept", "nll", _scaled(_hump, 0.8), 800, retention=0.98),
+    World("NLL, groups of 3, slow fall", "nll", _power(0.3, 2.2), 1200, together=3),
     Blend(
         "average of 3 tasks, accuracy",
         (
@@ -103,5 +103,16 @@ WORLDS = (
             World("", "nll", _power(0.5, 2), 300),
             World("", "nll", _scaled(_hump, 0.5), 900),
         ),
+    ),
+    World("accuracy, wavy, 98 % kept", "accuracy", _scaled(_waves, 6), 3500, 0.98, skill=0.6, held_out=True),
+    World("accuracy, groups of 3, steep", "accuracy", _power(20.0, 6), 3000, skill=1.1, together=3, held_out=True),
+    World("NLL, slow fall, 97 % kept", "nll", _power(0.4, 3), 1000, 0.97, held_out=True),
+    Blend(
+        "average of 2 tasks, accuracy",
+        (
+            World("", "accuracy", _power(1.2, 4), 1000, skill=0.4),
+            World("", "accuracy", _stairs, 2500, flips=0.4, skill=1.0),
+        ),
+        held_out=True,
     ),
 )

@@ -153,10 +153,12 @@ def margins(dense: Column, sparse: Sequence[Column], threshold: Threshold) -> Ma
     top, none, uneven = _pulls(dense, dense, threshold), np.zeros(len(dense), bool), _unevenness(dense)
     rows = [_Row(top.place, top.margin, top.margins / len(dense), top.places / len(dense), 0.0, none)]
     rows += sorted((_against(top, dense, column, threshold, uneven) for column in sparse), key=lambda row: row.place)
+    alone = (np.stack([row.pull for row in rows]) ** 2).sum(1)
     noise, spread = (_by_group(np.stack([row[part] for row in rows]), dense.group) for part in (2, 3))
     place = np.maximum.accumulate([row.place for row in rows])
-    variance = _pooled(place, noise, rows, _PRIOR_BOUNDED if threshold.bounded else _PRIOR)
     own = (noise**2).sum(1)
+    variance = _pooled(place, alone, rows, _PRIOR_BOUNDED if threshold.bounded else _PRIOR)
+    variance *= np.where(alone > 0, own, 1.0) / np.where(alone > 0, alone, 1.0)  # few items share a group with others
     noise = noise * np.sqrt(np.minimum(variance / np.where(own > 0, own, 1.0), _STRETCH))[:, None]
     covariance = noise @ noise.T
     covariance += np.diag(np.maximum(variance - np.diag(covariance), 0.0))
@@ -216,18 +218,18 @@ def _against(top: _Pulls, dense: Column, column: Column, threshold: Threshold, u
     return _Row(sparse.place, sparse.margin - there.margin + top.margin, pull, spread, changed, own)
 
 
-def _pooled(place: np.ndarray, noise: np.ndarray, rows: Sequence[_Row], prior: float) -> np.ndarray:
+def _pooled(place: np.ndarray, variance: np.ndarray, rows: Sequence[_Row], prior: float) -> np.ndarray:
     """Return the variances of the margins, those of few items drawn to a line through all of them.
 
     A few items that lost little also vary little; weighed by their own variance they would count for too much.
 
     Args:
         place: Sparsities.
-        noise: Each item's pull on each margin.
+        variance: Of the margins, as if no items belonged together.
         rows: The points.
         prior: Items whose own variance weighs as much as the line.
     """
-    variance, changed = (noise**2).sum(1), np.array([row.changed for row in rows])
+    changed = np.array([row.changed for row in rows])
     items = np.array([row.items for row in rows])
     noisy = (items > 0) & (variance + changed > 0) & (place > 0)
     if noisy.sum() < 2 or not variance[noisy].any():

@@ -14,8 +14,9 @@ from dllm_sparsity.analysis.margins import margins
 from dllm_sparsity.analysis.spline import EVERY, Smooth, smooth
 
 LEVEL = 0.95
-_Z = 1.85
-_EARLY = 1.55
+_HELD = 0.944
+"""Errors of a curve allow for bends that most curves do not have; so much of them holds the truth often enough."""
+_Z, _EARLY = (_HELD * NormalDist().inv_cdf(own) for own in ((1 + LEVEL) / 2, LEVEL))
 _SURE = 3.0
 _SHARES = np.linspace(0, 1, 17)[1:]
 _REACH, _FARTHEST = 0.5, 0.02
@@ -97,7 +98,8 @@ def profile(
     few items, or with the same items, weigh what they should; how far it bends is weighed by the points' own evidence.
     Its error grows in the gaps between points. The interval inverts a test: a sparsity next to the estimate belongs to
     it unless the margin is told from zero, each side at half the error rate; and so does all from the first place on
-    that is not told from a miss at the whole error rate, for a curve may fall short early and come back.
+    that is not told from a miss at the whole error rate, for a curve may fall short early and come back. A place is told
+    from a miss with the error that a miss would have, not with the one of what was seen.
 
     Args:
         dense: The dense cell's items, none left out.
