@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 
@@ -98,8 +99,8 @@ def profile(
     few items, or with the same items, weigh what they should; how far it bends is weighed by the points' own evidence.
     Its error grows in the gaps between points. The interval inverts a test: a sparsity next to the estimate belongs to
     it unless the margin is told from zero, each side at half the error rate; and so does all from the first place on
-    that is not told from a miss at the whole error rate, for a curve may fall short early and come back. A place is told
-    from a miss with the error that a miss would have, not with the one of what was seen.
+    that is not told from a miss at the whole error rate, for a curve may fall short early and come back. A place is
+    told from a miss with the error that a miss would have, not with the one of what was seen.
 
     Args:
         dense: The dense cell's items, none left out.
