@@ -111,7 +111,7 @@ def _pair_sentence(pair: Comparison) -> str:
         for curve in (second, first)
     ]
     kept = f"{100 * pair.retention:g} % of the dense {_quality(second)}"
-    return f"{_place(second)}: {verdict}. Keeping {kept}: {', '.join(told)}; n={len(second.keys)}.{bound}"
+    return f"{_place(second)}: {verdict}. Keeping {kept}: {', '.join(told)}; n={_items(second, pair.retention)}.{bound}"
 
 
 def _curve_sentence(curve: Curve, retention: float) -> str:
@@ -119,8 +119,13 @@ def _curve_sentence(curve: Curve, retention: float) -> str:
     told = in_words(reading) if reading.value is None else f"up to {in_words(reading)} sparsity"
     return (
         f"{_place(curve)}, keeping {100 * retention:g} % of the dense {_quality(curve)}: {_model(curve)} {told}"
-        f" (n={len(curve.keys)})."
+        f" (n={_items(curve, retention)})."
     )
+
+
+def _items(curve: Curve, retention: float) -> int:
+    """Return the items that a reading rests on: a search's are more than those that all its cells have."""
+    return curve.reading(retention=retention).items or len(curve.keys)
 
 
 def _place(curve: Curve) -> str:

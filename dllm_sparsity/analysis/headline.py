@@ -37,6 +37,7 @@ def _rows(
     for retention in asked:
         reading = reading_of(shown, summary["default_reading"], retention)
         yield {name: shown[name] for name in _NAMES} | {
+            "items": reading.get("items", shown["items"]),
             "dense": shown["dense"]["value"],
             "dense_interval": shown["dense"]["interval"],
             "retention": retention,

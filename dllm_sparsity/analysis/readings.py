@@ -23,7 +23,10 @@ OTHER_RETENTION = "the search was not for this retention"
 
 @dataclass(frozen=True)
 class Reading:
-    """One reading of critical sparsity at one retention; `value` is None where `reason` says why."""
+    """One reading of critical sparsity at one retention; `value` is None where `reason` says why.
+
+    `items` are those that a search's answer rests on; None where it is those of the curve.
+    """
 
     reading: str
     retention: float
@@ -32,12 +35,14 @@ class Reading:
     censored: bool
     reason: str | None
     draws: np.ndarray = field(repr=False, compare=False)
+    items: int | None = None
 
     @property
     def told(self) -> dict[str, Any]:
         """Return what the summary holds of it."""
         names = ("retention", "reading", "value", "interval", "censored", "reason")
-        return {name: getattr(self, name) for name in names}
+        told = {name: getattr(self, name) for name in names}
+        return told if self.items is None else {**told, "items": self.items}
 
 
 def no_reading(quality: Quality, dense: float, is_above: bool, count: str) -> str | None:
@@ -112,7 +117,9 @@ def with_answers(
             normal = rng.standard_normal(draws) / NormalDist().inv_cdf(0.975)
             drawn = value + np.where(normal < 0, normal * (value - interval[0]), normal * (interval[1] - value))
         censored = bool(own["censored"]) and value is not None
-        kept.append(Reading(critical.DEFAULT_READING, retention, value, interval, censored, why, drawn))
+        kept.append(
+            Reading(critical.DEFAULT_READING, retention, value, interval, censored, why, drawn, own.get("items"))
+        )
     return kept
 
 

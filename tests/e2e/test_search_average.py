@@ -46,6 +46,9 @@ def test_the_average_is_told_everywhere(finished):
     (row,) = [row for row in finished.table() if row["task"] == "average of 2 tasks"]
     assert (row["critical"], row["interval"], row["kind"]) == (answer["value"], answer["interval"], "nll")
     assert row["dense"] == answer["dense"]["value"] > 0
+    assert row["items"] == answer["items"] > 64
+    (sentence,) = [own for own in finished.summary["findings"] if own.startswith("average of 2 tasks")]
+    assert sentence.endswith(f"(n={answer['items']}).")
     assert finished.table()[-1] == row
     text = io.StringIO()
     Console(file=text, width=80).print(render(finished.summary))
