@@ -104,7 +104,7 @@ WORLDS = (
             World("", "nll", _scaled(_hump, 0.5), 900),
         ),
     ),
-    World("accuracy, wavy, 98 % kept", "accuracy", _scaled(_waves, 6), 3500, 0.98, skill=0.6, held_out=True),
+    World("accuracy, wavy, 98 % kept", "accuracy", _scaled(_waves, 6), 3500, 0.98, skill=0.6),
     World("accuracy, groups of 3, steep", "accuracy", _power(20.0, 6), 3000, skill=1.1, together=3, held_out=True),
     World("NLL, slow fall, 97 % kept", "nll", _power(0.4, 3), 1000, 0.97, held_out=True),
     Blend(

@@ -8,7 +8,7 @@ import numpy as np
 
 _BENDS = np.geomspace(20.0, 5000.0, 6)
 """How strongly a curve may bend, in the height of its first point; each is weighed by how well it fits the points."""
-_HASTES = np.array([0.5, 1.25, 2.0])
+_HASTES = np.array([0.0, 0.5, 1.25, 2.0])
 """Powers with which the bend grows along the curve, weighed likewise; half as far as one, it is as `_BENDS` says."""
 _LEAST = 1e-4
 """Smallest error of a point, in the height of the first: keeps points without noise apart."""
