@@ -158,7 +158,7 @@ def margins(dense: Column, sparse: Sequence[Column], threshold: Threshold) -> Ma
     place = np.maximum.accumulate([row.place for row in rows])
     own = (noise**2).sum(1)
     variance = _pooled(place, alone, rows, _PRIOR_BOUNDED if threshold.bounded else _PRIOR)
-    variance *= np.where(alone > 0, own, 1.0) / np.where(alone > 0, alone, 1.0)  # few items share a group with others
+    variance *= np.maximum(own / np.where(alone > 0, alone, 1.0), 1.0)  # of few items hardly two belong together
     noise = noise * np.sqrt(np.minimum(variance / np.where(own > 0, own, 1.0), _STRETCH))[:, None]
     covariance = noise @ noise.T
     covariance += np.diag(np.maximum(variance - np.diag(covariance), 0.0))

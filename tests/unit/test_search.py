@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dllm_sparsity.analysis.catalogue import WORLDS
 from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.profile import profile
 from dllm_sparsity.analysis.search import LADDER, Ask, Limits, Search, boundaries
 from dllm_sparsity.analysis.simulate import grid_study, grids, search_study, table, tally
 from dllm_sparsity.analysis.spline import smooth
-from dllm_sparsity.analysis.catalogue import WORLDS
 from dllm_sparsity.analysis.worlds import sparsity_at
 from dllm_sparsity.cli.compare import _on_paper_grid
 from dllm_sparsity.comparison import ladder_of
