@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dllm_sparsity.pair import folder
 from dllm_sparsity.pair.making.items import Maker
 from dllm_sparsity.pair.reference import reference_loglikelihood
+from dllm_sparsity.study.tasks import _shared
 from dllm_sparsity.tasks import FOLDER
 from dllm_sparsity.tasks.utils import build_items, choose_per_token
 
@@ -139,3 +140,16 @@ def test_reference_prefers_the_true_continuation() -> None:
     other = [reference_loglikelihood(a["prompt"], b["reference"]) for a, b in zip(docs, docs[::-1], strict=True)]
     assert sum(true) > sum(other)
     assert math.isfinite(reference_loglikelihood(docs[0]["prompt"], ""))
+
+
+def test_a_field_is_shared_where_some_documents_have_the_same_text():
+    passages = [{"passage": "a", "question": n} for n in range(2)] + [{"passage": "b", "question": 2}]
+    assert _shared(passages) == "passage"
+    assert (
+        _shared([{**own, "passage": str(n), "article": own["passage"]} for n, own in enumerate(passages)]) == "article"
+    )
+    assert _shared([{"passage": "a"}, {"passage": "b"}]) is None  # each its own
+    assert _shared([{"passage": "a"}, {"passage": "a"}]) is None  # all of one: nothing to resample
+    assert _shared([{"question": "a"}, {"question": "a"}, {"question": "b"}]) is None
+    assert _shared([{"passage": "a"}, {"passage": "a"}, {"passage": None}]) is None
+    assert _shared([]) is None
