@@ -9,6 +9,7 @@ from rich.console import Console
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import load, summary
+from dllm_sparsity.analysis.searched import ends
 from dllm_sparsity.report.terminal import render
 from dllm_sparsity.study.engines import runner
 
@@ -113,3 +114,15 @@ def test_an_average_whose_cells_are_damaged_is_left_out(finished, tmp_path, dens
     assert len(found["search"]["curves"]) == 2
     (note,) = [note for note in found["notes"] if "rest on" in note]
     assert "the answer of the search for average of 2 tasks, top_p at intermediate, autoregressive" in note
+
+
+def test_means_of_critical_sparsities_as_an_earlier_version_wrote_them_are_passed_over(finished, tmp_path):
+    path = shutil.copytree(finished.path, tmp_path / "run")
+    search = read(path)
+    earlier = {"paradigm": "autoregressive", "model": "autoregressive", "rule": "top_p", "rule_parameters": {}}
+    earlier |= {"site": "intermediate", "retention": 0.99, "tasks": 2, "value": 0.6, "interval": [0.5, 0.7]}
+    (path / "search.json").write_text(json.dumps({**search, "averages": [earlier]}))
+    found = summary(load(path), draws=20)
+    assert found["averages"] == found["search"]["averages"] == []
+    assert found["search"]["curves"] == search["curves"]
+    assert ends(found["search"])
