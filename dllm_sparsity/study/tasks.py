@@ -159,7 +159,9 @@ def _identity(name: str, task: Any, documents: list[dict]) -> dict[str, Any]:
     shots = list(task.fewshot_docs() or []) if task.config.num_fewshot else []
     for document in [*documents, *shots]:
         digest.update(json.dumps(document, sort_keys=True, default=str).encode())
-    config = json.dumps(task.dump_config(), sort_keys=True, default=lambda value: type(value).__name__)
+    dumped = task.dump_config()
+    metadata = {key: own for key, own in (dumped.get("metadata") or {}).items() if key != "config_source"}  # a path
+    config = json.dumps({**dumped, "metadata": metadata}, sort_keys=True, default=lambda value: type(value).__name__)
     config = re.sub(r" at 0x[0-9a-f]+", "", config)
     return {
         "name": name,
