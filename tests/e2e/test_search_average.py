@@ -9,6 +9,7 @@ from rich.console import Console
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import load, summary
+from dllm_sparsity.analysis.joining import join
 from dllm_sparsity.analysis.searched import ends
 from dllm_sparsity.report.terminal import render
 from dllm_sparsity.study.engines import runner
@@ -126,3 +127,12 @@ def test_means_of_critical_sparsities_as_an_earlier_version_wrote_them_are_passe
     assert found["averages"] == found["search"]["averages"] == []
     assert found["search"]["curves"] == search["curves"]
     assert ends(found["search"])
+
+
+def test_runs_that_are_joined_keep_what_was_searched(finished, tmp_path):
+    run = load(finished.path)
+    joined = join([run, run], tmp_path)
+    assert joined.search == run.search
+    found = summary(joined, draws=20)
+    assert [own["critical"] for own in found["averages"]] == [own["critical"] for own in summary(run, 20)["averages"]]
+    assert found["averages"]
