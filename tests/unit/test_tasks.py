@@ -163,9 +163,9 @@ def test_a_task_is_the_same_wherever_its_file_lies(tmp_path):
     config["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "items.jsonl")}}
     (tmp_path / "items.jsonl").write_text('{"text": "x"}\n')
     found = []
-    for folder, text in (("here", "text"), ("there", "text"), ("changed", "{{text}}!")):
-        (tmp_path / folder).mkdir()
-        path = tmp_path / folder / "twins.yaml"
+    for name, text in (("here", "text"), ("there", "text"), ("changed", "{{text}}!")):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "twins.yaml"
         path.write_text(yaml.safe_dump({**config, "doc_to_text": text}))
         found.append(load_tasks(TaskSpec(name=str(path)), 0)[0].identity)
     assert found[0] == found[1] != found[2]
