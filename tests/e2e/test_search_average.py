@@ -11,8 +11,10 @@ from dllm_sparsity import compare
 from dllm_sparsity.analysis import load, summary
 from dllm_sparsity.analysis.joining import join
 from dllm_sparsity.analysis.searched import ends
+from dllm_sparsity.comparison import as_config
 from dllm_sparsity.report.terminal import render
 from dllm_sparsity.study.engines import runner
+from dllm_sparsity.study.engines.planner import Planner
 
 STUDY = {
     "name": "averaged",
@@ -136,3 +138,11 @@ def test_runs_that_are_joined_keep_what_was_searched(finished, tmp_path):
     found = summary(joined, draws=20)
     assert [own["critical"] for own in found["averages"]] == [own["critical"] for own in summary(run, 20)["averages"]]
     assert found["averages"]
+
+
+def test_a_task_that_is_also_in_a_group_counts_once():
+    planner = Planner(as_config(STUDY), "cpu")
+    alone, group = planner.tasks
+    planner.tasks[group] = [*planner.tasks[alone], *planner.tasks[group]]  # as a name that stands for both
+    *_, (_, averaged) = planner.searched()
+    assert [task.name for _, task in averaged] == ["heldout_text", "easy_endings"]
