@@ -81,8 +81,9 @@ def name_of(tasks: int, kind: str | None = None) -> str:
 def averages(curves: Sequence[Curve], search: Any, seed: int = SEED) -> tuple[list[Average], list[str]]:
     """Return the averaged curve of each model, rule, site and kind of quality that has several tasks.
 
-    Of each task its headline quality counts; quality and achieved sparsity are averaged at each strength that all
-    tasks have. Tasks are independent of each other, so each task's draws are put in an order of their own.
+    Of each task its headline quality counts, and what a search of an average was on beside it; quality and achieved
+    sparsity are averaged at each strength that all tasks have. Tasks are independent of each other, so each task's
+    draws are put in an order of their own.
 
     Args:
         curves: Curves of one run.
@@ -95,20 +96,19 @@ def averages(curves: Sequence[Curve], search: Any, seed: int = SEED) -> tuple[li
     Source: Szatkowski et al. 2025, arXiv:2509.00454, section 3: critical sparsity is read off the average accuracy over
         tasks against their average sparsity. Differs: intervals; four readings; averages of likelihoods as well.
     """
-    several = {kind: own for kind in KINDS if (own := _several(curves, kind))}
-    found, notes = [], []
-    for kind, groups in several.items():
-        for own in groups:
-            name = name_of(len(own), kind if len(several) > 1 else None)
-            answers = list(_answers(own, kind, search))
-            strengths = _shared(own)
-            is_searched = any(curve.group.is_searched for curve in own)
-            if is_searched and not answers:
-                continue
-            if not is_searched and len(strengths) < _FEWEST:
-                notes.append(_too_few(own, len(strengths)))
-                continue
-            found.append(_average(own, name, [] if is_searched else strengths, answers, seed))
+    chosen, notes = [], []
+    for own, answers in _members(curves, search):
+        is_searched = any(curve.group.is_searched for curve in own)
+        strengths = [] if is_searched else _shared(own)
+        if not is_searched and len(strengths) < _FEWEST:
+            notes.append(_too_few(own, len(strengths)))
+        elif answers or not is_searched:
+            chosen.append((own, strengths, answers))
+    names = _names([own for own, *_ in chosen])
+    found = [
+        _average(own, name, strengths, answers, seed)
+        for name, (own, strengths, answers) in zip(names, chosen, strict=True)
+    ]
     return found, list(dict.fromkeys(notes))
 
 
@@ -136,19 +136,51 @@ def asked_of_averages(search: Any) -> set[float]:
 
 
 def _told(search: Any) -> list[Answer]:
-    entries = search.get("averages", []) if isinstance(search, dict) else []
-    return [own for own in entries if "dense" in own]  # a mean of the tasks' critical sparsities has none
+    return search.get("averages", []) if isinstance(search, dict) else []
 
 
-def _several(curves: Sequence[Curve], kind: str) -> list[list[Curve]]:
-    """Return the curves of each average, by task."""
+def _members(curves: Sequence[Curve], search: Any) -> list[tuple[list[Curve], list[Answer]]]:
+    """Return the curves of each average, by task, and what a search answered on it."""
     grouped: dict[tuple[str, ...], list[Curve]] = {}
     for curve in curves:
-        if curve.quality["kind"] == kind and curve.quality["name"] == curve.group.headline:
-            record = curve.group.dense.record
-            key = (record["paradigm"], record["model"], curve.group.rule, curve.group.site)
-            grouped.setdefault(key, []).append(curve)
-    return [sorted(own, key=_task) for own in grouped.values() if len(own) > 1]
+        if curve.quality["kind"] in KINDS and curve.quality["name"] == curve.group.headline:
+            grouped.setdefault((curve.quality["kind"], *_setting(curve)), []).append(curve)
+    headlines = [sorted(own, key=_task) for own in grouped.values() if len(own) > 1]
+    found: dict[str, tuple[list[Curve], list[Answer]]] = {_identity(own): (own, []) for own in headlines}
+    for answer in _told(search):
+        own = [curve for task in sorted(answer["tasks"]) for curve in _answered(answer, task, curves)]
+        if len(own) == len(answer["tasks"]):
+            found.setdefault(_identity(own), (own, []))[1].append(answer)
+    return sorted(found.values(), key=lambda both: KINDS.index(both[0][0].quality["kind"]))
+
+
+def _answered(answer: Answer, task: str, curves: Sequence[Curve]) -> list[Curve]:
+    """Return the curve of a task that an answer on an average is of; none where it is not there."""
+    of_kind = [curve for curve in curves if curve.quality["kind"] == answer["kind"]]
+    own = [curve for curve in of_kind if is_of({**answer, "task": task}, curve.group.cells[0].record)]
+    return ([curve for curve in own if curve.quality["name"] == answer["quality"]] or own)[:1]
+
+
+def _names(members: Sequence[Sequence[Curve]]) -> list[str]:
+    """Return what averages are called: with their kind, tasks or quality where they would share a name without it."""
+    kinds = {own[0].quality["kind"] for own in members}
+    plain = [name_of(len(own), own[0].quality["kind"] if len(kinds) > 1 else None) for own in members]
+    about = [(", ".join(map(_task, own)), _quality(own)["name"]) for own in members]
+    names = []
+    for name, (tasks, quality) in zip(plain, about, strict=True):
+        alike = {each for other, each in zip(plain, about, strict=True) if other == name}
+        more = f" ({tasks})" if len({each for each, _ in alike}) > 1 else ""
+        names.append(name + more + (f", {quality}" if sum(each == tasks for each, _ in alike) > 1 else ""))
+    return names
+
+
+def _setting(curve: Curve) -> tuple[str, ...]:
+    record = curve.group.dense.record
+    return record["paradigm"], record["model"], curve.group.rule, curve.group.site
+
+
+def _identity(curves: Sequence[Curve]) -> str:
+    return repr([(*_setting(curve), _task(curve), curve.quality["name"]) for curve in curves])
 
 
 def _task(curve: Curve) -> str:
@@ -172,15 +204,6 @@ def _too_few(curves: Sequence[Curve], shared: int) -> str:
         f"no average over {', '.join(map(_task, curves))} on {group.dense.record['model']}, {group.rule} at"
         f" {group.site}: they share {shared or 'no'} strength{'s' if shared != 1 else ''}, and it takes {_FEWEST}"
     )
-
-
-def _answers(curves: Sequence[Curve], kind: str, search: Any) -> Iterator[Answer]:
-    """Give what was searched on the average of these curves."""
-    tasks = set(map(_task, curves))
-    for own in _told(search):
-        if own["kind"] == kind and set(own["tasks"]) == tasks:
-            if all(is_of({**own, "task": _task(curve)}, curve.group.cells[0].record) for curve in curves):
-                yield own
 
 
 def _average(

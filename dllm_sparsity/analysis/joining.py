@@ -11,6 +11,18 @@ from dllm_sparsity.errors import UserError
 
 _OF_A_TASK = ("task", "limit", "num_fewshot", "chat_template")
 _OF_A_MODEL = ("model", "weights")
+_OF_AN_ANSWER = (
+    "paradigm",
+    "model",
+    "task",
+    "tasks",
+    "rule",
+    "rule_parameters",
+    "layers",
+    "site",
+    "quality",
+    "retention",
+)
 
 
 def join(runs: Sequence[Run], path: Path) -> Run:
@@ -39,7 +51,18 @@ def join(runs: Sequence[Run], path: Path) -> Run:
         unfounded=tuple(f"{run.name}, {each}" for run in runs for each in run.unfounded),
         config="\n".join(f"# {run.name}\n{run.config.strip()}\n" for run in runs),
         environment=first.environment,
+        search=_search(runs),
     )
+
+
+def _search(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Return what was searched in all runs; of two answers on one curve, or one average, the first."""
+    found: dict[str, list[Any]] = {"curves": [], "averages": []}
+    for name, kept in found.items():
+        answers = [own for run in runs if run.search is not None for own in run.search.get(name, [])]
+        kept += {repr([own.get(each) for each in _OF_AN_ANSWER]): own for own in reversed(answers)}.values()
+        kept.reverse()
+    return found if any(found.values()) else None
 
 
 def _comparable(cell: Cell) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:

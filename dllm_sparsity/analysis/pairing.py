@@ -75,9 +75,9 @@ def pair_tables(tables: Sequence[pa.Table]) -> Paired:
 
 
 def item_groups(samples: pa.Table) -> np.ndarray | None:
-    """Return the number of each item's group, from 0 without gaps; None where no two items share one.
+    """Return the number of each item's group, from 0 without gaps; None where no two items share one, or all do.
 
-    An item without a group stands alone.
+    An item without a group stands alone; of one group alone there is nothing to resample.
 
     Args:
         samples: Items, with a column `group` where the task has groups: one passage, one subject, one twin pair.
@@ -87,7 +87,7 @@ def item_groups(samples: pa.Table) -> np.ndarray | None:
     labels = samples["group"].to_pylist()
     named = [(row,) if label is None else label for row, label in enumerate(labels)]
     numbers = {label: number for number, label in enumerate(dict.fromkeys(named))}
-    return np.array([numbers[label] for label in named], dtype=np.int64) if len(numbers) < len(named) else None
+    return np.array([numbers[label] for label in named], dtype=np.int64) if 1 < len(numbers) < len(named) else None
 
 
 def _pair(sources: Sequence[_Source], task: str, place: str) -> Paired:

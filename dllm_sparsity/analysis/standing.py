@@ -19,8 +19,10 @@ def standing(search: Any, cells: Sequence[Cell]) -> tuple[Any, tuple[str, ...]]:
         search: What search.json holds, or None.
         cells: The sealed cells whose files are whole.
     """
-    search = search if isinstance(search, dict) else {}
-    answers, averages = search.get("curves", []), search.get("averages", [])
+    if not isinstance(search, dict) or not search:
+        return None, ()
+    answers = search.get("curves", [])
+    averages = [own for own in search.get("averages", []) if "measured" in own]  # before: means of critical sparsities
     reached: dict[str, int] = {}
     for cell in blocks_of(cells):
         key = _key(cell.record, cell.record["strength"], cell.record["layers"])
@@ -40,7 +42,7 @@ def standing(search: Any, cells: Sequence[Cell]) -> tuple[Any, tuple[str, ...]]:
         if now is not before
     ]
     if not told:
-        return search or None, ()
+        return {**search, "averages": averages}, ()
     return {"curves": kept, "averages": sound}, tuple(dict.fromkeys(told))
 
 

@@ -68,6 +68,9 @@ def render(summary: dict[str, Any]) -> Group:
     )
     if summary.get("averages"):
         explained += " Averages: of the tasks' quality and sparsity at one strength, each task counting the same."
+        tasks = {curve["task"] for curve in summary["curves"]}
+        some = {own["task"]: own["tasks"] for own in summary["averages"] if len(own["tasks"]) < len(tasks)}
+        explained += "".join(f" {name[:1].upper()}{name[1:]}: {', '.join(own)}." for name, own in some.items())
     reasons = dict.fromkeys(
         f"{row['task']}, {_SHORT.get(row['paradigm'], row['paradigm'])}: {row['reason']}"
         + (": shown by NLL" if row["stands_in_for"] else "")

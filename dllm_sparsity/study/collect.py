@@ -11,36 +11,33 @@ from typing import Any
 import pyarrow as pa
 
 from dllm_sparsity.study.records import PRIMITIVE_SITES, Quality, samples_schema, steps_schema
-
-_SHARED = ("passage", "flores_passage", "article", "story", "paragraph", "context")
-"""Fields of a document that several items may share."""
+from dllm_sparsity.study.tasks import LoadedTask
 
 
-def sample_table(task: Any, name: str, samples: list[dict], log: dict, per_item: dict) -> pa.Table:
+def sample_table(task: LoadedTask, samples: list[dict], log: dict, per_item: dict) -> pa.Table:
     """Return samples.parquet of a cell; of several filters the first is kept.
 
     Args:
-        task: lm-eval's object.
-        name: Its name.
+        task: The task, loaded.
         samples: lm-eval's logged samples.
         log: Item -> what the backend logged.
         per_item: Item -> site -> (kept, total).
     """
     rows: dict[str, list] = {field.name: [] for field in samples_schema()}
     first = samples[0]["filter"] if samples else None
-    groups = _groups([sample["doc"] for sample in samples if sample["filter"] == first])
     for sample in samples:
         if sample["filter"] != first:
             continue
-        entry, counts = log[(name, sample["doc_id"])], per_item.get((name, sample["doc_id"]), {})
+        place = (task.name, sample["doc_id"])
+        entry, counts = log[place], per_item.get(place, {})
         metrics = {key: value for key in sample["metrics"] if (value := _number(sample[key])) is not None}
         row = {
-            "task": name,
+            "task": task.name,
             "doc_id": sample["doc_id"],
             "doc_hash": sample["doc_hash"],
             "prompt_hash": sample["prompt_hash"],
             "filter": sample["filter"],
-            "answer": _answer(task, sample, entry),
+            "answer": _answer(task.task, sample, entry),
             "correct": next(iter(metrics.values()), None),
             "metrics": json.dumps(metrics),
             "target": sample["target"] if isinstance(sample["target"], int) and len(entry.loglikelihoods) > 1 else None,
@@ -57,16 +54,11 @@ def sample_table(task: Any, name: str, samples: list[dict], log: dict, per_item:
         for key, column in rows.items():
             column.append(row[key])
     table = pa.table(rows, schema=samples_schema())
-    return table if groups is None else table.append_column("group", pa.array(groups, pa.string()))
-
-
-def _groups(documents: list[dict]) -> list[str] | None:
-    """Return which items share a passage, for their errors are not independent; None where none do."""
-    for field in _SHARED:
-        texts = [document.get(field) for document in documents]
-        if all(isinstance(text, str) for text in texts) and 1 < len(set(texts)) < len(texts):
-            return [hashlib.sha256(str(text).encode()).hexdigest()[:16] for text in texts]
-    return None
+    if task.shared is None:
+        return table
+    texts = [str(sample["doc"][task.shared]) for sample in samples if sample["filter"] == first]
+    groups = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+    return table.append_column("group", pa.array(groups, pa.string()))
 
 
 def _choices(task: Any, loglikelihoods: list[float]) -> list[float]:

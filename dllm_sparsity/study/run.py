@@ -77,9 +77,7 @@ def run_cell(
         estimator = lm.estimator
         steps, per_item, notes = journal.finish()
     seconds = time.perf_counter() - started + journal.replayed_seconds - source.others_seconds
-    samples = collect.sample_table(
-        task.task, task.name, _placed(results["samples"][task.name], chosen), lm.log, per_item
-    )
+    samples = collect.sample_table(task, _placed(results["samples"][task.name], chosen), lm.log, per_item)
     samples = _named(samples, chosen)
     if not len(samples):
         raise UserError(f"task {task.name} gave no items", "raise --limit, or choose another task")

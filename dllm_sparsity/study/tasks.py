@@ -14,6 +14,8 @@ from dllm_sparsity.errors import UserError, did_you_mean
 from dllm_sparsity.study.config import TaskSpec
 
 FOLDER = Path(__file__).parent.parent / "tasks"
+_SHARED = ("passage", "flores_passage", "article", "story", "paragraph", "context")
+"""Fields of a document that several items may share."""
 RUN_CODE = "in a sandbox, set run_code: true on the task in the study; or choose another task"
 
 
@@ -27,6 +29,8 @@ class LoadedTask:
         identity: What changes when the task's documents, prompts or version change.
         cost: Rough number of characters a model reads and writes once through, for the time left.
         items: Documents that are run.
+        shared: Field of which several documents have the same text, such as a passage, so that their errors are not
+            independent; None where there is none.
     """
 
     name: str
@@ -34,6 +38,7 @@ class LoadedTask:
     identity: dict[str, Any]
     cost: float
     items: int
+    shared: str | None = None
 
     @property
     def output_type(self) -> str:
@@ -67,7 +72,8 @@ def load_tasks(spec: TaskSpec, seed: int) -> list[LoadedTask]:
         task.set_fewshot_seed(seed=seed)
         documents = list(task.eval_docs)
         size = min(spec.limit or len(documents), len(documents))
-        loaded.append(LoadedTask(name, task, _identity(name, task, documents[:size]), _cost(documents[:size]), size))
+        run = documents[:size]
+        loaded.append(LoadedTask(name, task, _identity(name, task, run), _cost(run), size, _shared(run)))
     return loaded
 
 
@@ -153,7 +159,9 @@ def _identity(name: str, task: Any, documents: list[dict]) -> dict[str, Any]:
     shots = list(task.fewshot_docs() or []) if task.config.num_fewshot else []
     for document in [*documents, *shots]:
         digest.update(json.dumps(document, sort_keys=True, default=str).encode())
-    config = json.dumps(task.dump_config(), sort_keys=True, default=lambda value: type(value).__name__)
+    dumped = task.dump_config()
+    metadata = {key: own for key, own in (dumped.get("metadata") or {}).items() if key != "config_source"}  # a path
+    config = json.dumps({**dumped, "metadata": metadata}, sort_keys=True, default=lambda value: type(value).__name__)
     config = re.sub(r" at 0x[0-9a-f]+", "", config)
     return {
         "name": name,
@@ -161,6 +169,15 @@ def _identity(name: str, task: Any, documents: list[dict]) -> dict[str, Any]:
         "documents": digest.hexdigest()[:16],
         "config": hashlib.sha256(config.encode()).hexdigest()[:16],
     }
+
+
+def _shared(documents: list[dict]) -> str | None:
+    """Return which field of these documents several of them share, as not all do."""
+    for field in _SHARED:
+        texts = [document.get(field) for document in documents]
+        if all(isinstance(text, str) for text in texts) and 1 < len(set(texts)) < len(texts):
+            return field
+    return None
 
 
 def _cost(documents: list[dict]) -> float:

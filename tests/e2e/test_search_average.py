@@ -9,8 +9,12 @@ from rich.console import Console
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import load, summary
+from dllm_sparsity.analysis.joining import join
+from dllm_sparsity.analysis.searched import ends
+from dllm_sparsity.comparison import as_config
 from dllm_sparsity.report.terminal import render
 from dllm_sparsity.study.engines import runner
+from dllm_sparsity.study.engines.planner import Planner
 
 STUDY = {
     "name": "averaged",
@@ -116,3 +120,32 @@ def test_an_average_whose_cells_are_damaged_is_left_out(finished, tmp_path, dens
     assert len(found["search"]["curves"]) == 2
     (note,) = [note for note in found["notes"] if "rest on" in note]
     assert "the answer of the search for average of 2 tasks, top_p at intermediate, autoregressive" in note
+
+
+def test_means_of_critical_sparsities_as_an_earlier_version_wrote_them_are_passed_over(finished, tmp_path):
+    path = shutil.copytree(finished.path, tmp_path / "run")
+    search = read(path)
+    earlier = {"paradigm": "autoregressive", "model": "autoregressive", "rule": "top_p", "rule_parameters": {}}
+    earlier |= {"site": "intermediate", "retention": 0.99, "tasks": 2, "value": 0.6, "interval": [0.5, 0.7]}
+    (path / "search.json").write_text(json.dumps({**search, "averages": [earlier]}))
+    found = summary(load(path), draws=20)
+    assert found["averages"] == found["search"]["averages"] == []
+    assert found["search"]["curves"] == search["curves"]
+    assert ends(found["search"])
+
+
+def test_runs_that_are_joined_keep_what_was_searched(finished, tmp_path):
+    run = load(finished.path)
+    joined = join([run, run], tmp_path)
+    assert joined.search == run.search
+    found = summary(joined, draws=20)
+    assert [own["critical"] for own in found["averages"]] == [own["critical"] for own in summary(run, 20)["averages"]]
+    assert found["averages"]
+
+
+def test_a_task_that_is_also_in_a_group_counts_once():
+    planner = Planner(as_config(STUDY), "cpu")
+    alone, group = planner.tasks
+    planner.tasks[group] = [*planner.tasks[alone], *planner.tasks[group]]  # as a name that stands for both
+    *_, (_, averaged) = planner.searched()
+    assert [task.name for _, task in averaged] == ["heldout_text", "easy_endings"]

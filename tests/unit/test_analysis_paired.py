@@ -198,6 +198,7 @@ def test_amounts_have_digits_enough():
 def test_groups_from_the_column():
     assert item_groups(pa.table({"doc_id": [1, 2]})) is None
     assert item_groups(pa.table({"group": ["a", None, "b"]})) is None
+    assert item_groups(pa.table({"group": ["a", "a"]})) is None  # nothing to resample
     assert item_groups(pa.table({"group": ["a", None, "a", None]})).tolist() == [0, 1, 0, 2]
 
 

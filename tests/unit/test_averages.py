@@ -243,3 +243,34 @@ def test_beside_a_grid_only_the_searched_reading_is_replaced():
     assert read(entry, retention=0.95)["value"] == 0.4
     assert read(plain, retention=0.95)["value"] != 0.4
     assert [own for own in entry["critical"] if own not in plain["critical"]] == [read(entry, retention=0.95)]
+
+
+ACC_NORM = {"name": "acc_norm", "kind": "accuracy", "chance": 0.25}
+
+
+def with_likelihoods(task, items=30):
+    """Cells whose first quality is an accuracy, beside two others."""
+    cells = cells_of(task, [right(share, items) for share in (0.9, 0.9, 0.5)], (0.0, 0.2, 0.4), ACC)
+    for cell in cells:
+        cell.record["qualities"] = [ACC, ACC_NORM, NLL]
+    return cells
+
+
+@pytest.mark.parametrize(("quality", "kind"), [("nll", "nll"), ("acc_norm", "accuracy")])
+def test_beside_a_grid_a_search_on_another_quality_has_an_average_of_its_own(quality, kind):
+    cells = [with_likelihoods(task) for task in "ab"]
+    curves = curves_of([cell for own in cells for cell in own], 50)[0]
+    assert {curve.quality["name"] for curve in curves} >= {"acc", quality}
+    (plain,), _ = average(*cells)
+    found, notes = average(*cells, search=search_of(quality=quality, kind=kind))
+    assert notes == []
+    assert [own["quality"] for own in found] == ["acc", quality]
+    assert len({own["task"] for own in found}) == 2
+    assert read(found[0], retention=0.99) == read(plain, retention=0.99)
+    assert read(found[1], retention=0.9)["value"] == 0.4
+
+
+def test_averages_of_other_tasks_have_other_names():
+    ours, others = both_paradigms("ab", 0.1), both_paradigms("ac", 0.2)
+    found, _ = averages(curves_of([cell for own in (*ours[:2], *others[2:]) for cell in own], 100)[0], None)
+    assert [own.told["task"] for own in found] == ["average of 2 tasks (a, b)", "average of 2 tasks (a, c)"]

@@ -237,6 +237,19 @@ def test_the_terminal_table_fits_80_columns_without_colour(tmp_path):
     assert "no speed-up was measured" in text
 
 
+def test_an_average_of_some_tasks_alone_names_them_in_the_terminal(tmp_path):
+    run_dir = write_study(tmp_path / "s", items=20, layers=2, steps=2, strengths=(0.9, 0.6))
+    found = summary(load(run_dir), draws=20)
+    texts = []
+    for curves in (found["curves"], [*found["curves"], {**found["curves"][0], "task": "third"}]):
+        console = Console(width=200, color_system=None, record=True, file=open("/dev/null", "w"))
+        console.print(render({**found, "curves": curves}))
+        texts.append(" ".join(console.export_text().split()))
+    named = f"Average of 2 tasks: {', '.join(found['averages'][0]['tasks'])}."
+    assert named not in texts[0]
+    assert named in texts[1]
+
+
 def test_a_result_file_cannot_steer_the_terminal(tmp_path):
     run_dir = write_study(tmp_path / "s", items=8, layers=2, steps=2, sites=("input",), strengths=(0.9,))
     for path in run_dir.glob("cells/*/cell.json"):

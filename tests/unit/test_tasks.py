@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dllm_sparsity.pair import folder
 from dllm_sparsity.pair.making.items import Maker
 from dllm_sparsity.pair.reference import reference_loglikelihood
+from dllm_sparsity.study.config import TaskSpec
+from dllm_sparsity.study.tasks import _shared, load_tasks
 from dllm_sparsity.tasks import FOLDER
 from dllm_sparsity.tasks.utils import build_items, choose_per_token
 
@@ -139,3 +142,30 @@ def test_reference_prefers_the_true_continuation() -> None:
     other = [reference_loglikelihood(a["prompt"], b["reference"]) for a, b in zip(docs, docs[::-1], strict=True)]
     assert sum(true) > sum(other)
     assert math.isfinite(reference_loglikelihood(docs[0]["prompt"], ""))
+
+
+def test_a_field_is_shared_where_some_documents_have_the_same_text():
+    passages = [{"passage": "a", "question": n} for n in range(2)] + [{"passage": "b", "question": 2}]
+    assert _shared(passages) == "passage"
+    assert (
+        _shared([{**own, "passage": str(n), "article": own["passage"]} for n, own in enumerate(passages)]) == "article"
+    )
+    assert _shared([{"passage": "a"}, {"passage": "b"}]) is None  # each its own
+    assert _shared([{"passage": "a"}, {"passage": "a"}]) is None  # all of one: nothing to resample
+    assert _shared([{"question": "a"}, {"question": "a"}, {"question": "b"}]) is None
+    assert _shared([{"passage": "a"}, {"passage": "a"}, {"passage": None}]) is None
+    assert _shared([]) is None
+
+
+def test_a_task_is_the_same_wherever_its_file_lies(tmp_path):
+    config = {"task": "twins", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"}
+    config |= {"doc_to_text": "text", "doc_to_choice": ["a", "b"], "doc_to_target": 0, "num_fewshot": 0}
+    config["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "items.jsonl")}}
+    (tmp_path / "items.jsonl").write_text('{"text": "x"}\n')
+    found = []
+    for name, text in (("here", "text"), ("there", "text"), ("changed", "{{text}}!")):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "twins.yaml"
+        path.write_text(yaml.safe_dump({**config, "doc_to_text": text}))
+        found.append(load_tasks(TaskSpec(name=str(path)), 0)[0].identity)
+    assert found[0] == found[1] != found[2]

@@ -83,8 +83,11 @@ class Planner:
         """
         tasks = self._loaded()
         chosen = [[own] for own in tasks]
-        if self.config.search is not None and self.config.search.average and len(tasks) > 1:
-            chosen.append(tasks)
+        named = {
+            task.name: (spec, task) for spec, task in reversed(tasks)
+        }  # a group may hold a task that is also named
+        if self.config.search is not None and self.config.search.average and len(named) > 1:
+            chosen.append([*reversed(named.values())])
         return [(model, own) for model in self.config.models for own in chosen]
 
     def _loaded(self) -> list[Loaded]:
