@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from dllm_sparsity.analysis.averaged import SearchedAverage
 from dllm_sparsity.analysis.averages import KINDS, name_of
 from dllm_sparsity.analysis.column import Column
 from dllm_sparsity.analysis.mixture import Mixture
-from dllm_sparsity.analysis.search import LADDER, Limits, Search, boundaries
+from dllm_sparsity.analysis.search import LADDER, Ask, Goal, Limits, Search, boundaries
 from dllm_sparsity.analysis.searched import SearchedCurve, open_cell
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.layerwise import Place, allocated
@@ -26,7 +26,7 @@ from dllm_sparsity.study.rundir import writing
 from dllm_sparsity.study.tasks import LoadedTask
 from dllm_sparsity.study.track import ExperimentTracker, Tracking
 
-_T = TypeVar("_T")
+_A, _T = TypeVar("_A"), TypeVar("_T")
 EMBEDDED_STUDY = Path(__file__).parent / "pair" / "study.yaml"
 
 
@@ -174,15 +174,14 @@ class Searches:
         curve = yield from self._open(model, spec, items, rule, site)
         limits = Limits(asked.width, items, asked.budget)
         search = Search(ladder_of(rule), [curve.threshold(own) for own in asked.retentions], limits)
-        asks = search.run()
-        answer: Column | None = None
-        while True:
-            try:
-                ask = next(asks) if answer is None else asks.send(answer)
-            except StopIteration as end:
-                return Searched(curve, search, [curve.answer(goal, search, asked.width) for goal in end.value])
+
+        def measured(ask: Ask) -> Generator[Cell, Path, Column]:
             cell = block_cell(self.study, model, spec, (rule, site), ask.strength)
-            answer = curve.column(open_cell((yield with_block(cell, ask.start, ask.stop))), (ask.start, ask.stop))
+            folder = yield with_block(cell, ask.start, ask.stop)
+            return curve.column(open_cell(folder), (ask.start, ask.stop))
+
+        goals = yield from _answered(search, measured)
+        return Searched(curve, search, [curve.answer(goal, search, asked.width) for goal in goals])
 
     def _open(
         self, model: ModelConfig, spec: TaskSpec, items: int, rule: RuleConfig, site: str
@@ -217,19 +216,16 @@ class Searches:
             raise RuntimeError("a study without a search has no loops")
         limits = Limits(asked.width, average.mixture.items, asked.budget, average.mixture.least)
         search = Search(ladder_of(rule), [average.threshold(own) for own in asked.retentions], limits)
-        asks = search.run()
-        answer: Column | None = None
-        while True:
-            try:
-                ask = next(asks) if answer is None else asks.send(answer)
-            except StopIteration as end:
-                self.averages += [average.answer(goal, search, asked.width) for goal in end.value]
-                return
+
+        def measured(ask: Ask) -> Generator[tuple[Cell, LoadedTask], Path, Column]:
             block, cells = (ask.start, ask.stop), []
             for (spec, task), part in zip(tasks, average.mixture.parts(*block), strict=True):
                 cell = with_block(block_cell(self.study, model, spec, curve, ask.strength), *part)
                 cells.append(open_cell((yield replace(cell, average=True), task)))
-            answer = average.column(cells, block)
+            return average.column(cells, block)
+
+        goals = yield from _answered(search, measured)
+        self.averages += [average.answer(goal, search, asked.width) for goal in goals]
 
     def write(self, path: Path) -> None:
         """Write search.json: every answer, and those on averages over tasks.
@@ -240,6 +236,19 @@ class Searches:
         from dllm_sparsity.analysis.summary import clean
 
         _write_json(path / "search.json", clean({"curves": self.answers, "averages": self.averages}))
+
+
+def _answered(
+    search: Search, measured: Callable[[Ask], Generator[_A, Path, Column]]
+) -> Generator[_A, Path, list[Goal]]:
+    """Give a search what it asks for."""
+    asks = search.run()
+    try:
+        ask = next(asks)
+        while True:
+            ask = asks.send((yield from measured(ask)))
+    except StopIteration as end:
+        return end.value
 
 
 def _on(task: LoadedTask, loop: Generator[Cell, Path, _T]) -> Generator[tuple[Cell, LoadedTask], Path, _T]:

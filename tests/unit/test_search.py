@@ -89,6 +89,17 @@ def test_groups_are_counted_together():
     assert found.errors[1] == pytest.approx(2 * alone.errors[1])
 
 
+def test_one_group_is_not_surer_than_its_items():
+    rng = np.random.default_rng(0)
+    ones, right = np.ones(64), (rng.uniform(size=64) > 0.1).astype(float)
+    threshold = Threshold(0.99, logarithmic=False, bounded=True)
+    errors = [
+        profile(Column(ones, ones, ones, ones, group), [Column(right, ones, ones * 0.5, ones, group)], threshold).errors
+        for group in (np.zeros(64, dtype=np.int64), None)
+    ]
+    assert errors[0][1] >= errors[1][1] > 0.01  # of one group alone nothing is seen to vary
+
+
 def test_items_that_were_measured_near_by_tell_less_than_new_ones():
     sample = BY_NAME["accuracy, 95 % kept"].draw(0)
     dense = sample.column(0.0, 0, 1000)

@@ -81,13 +81,11 @@ class Planner:
 
         Each task is there as the user gave it and loaded.
         """
-        tasks = self._loaded()
-        chosen = [[own] for own in tasks]
-        named = {
-            task.name: (spec, task) for spec, task in reversed(tasks)
-        }  # a group may hold a task that is also named
+        chosen, named = [[own] for own in self._loaded()], dict[str, Loaded]()
+        for own in self._loaded():
+            named.setdefault(own[1].name, own)  # a group may hold a task that is named as well
         if self.config.search is not None and self.config.search.average and len(named) > 1:
-            chosen.append([*reversed(named.values())])
+            chosen.append([*named.values()])
         return [(model, own) for model in self.config.models for own in chosen]
 
     def _loaded(self) -> list[Loaded]:
