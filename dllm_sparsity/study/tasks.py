@@ -112,7 +112,7 @@ def _by_name(name: str, num_fewshot: int | None) -> dict[str, Any]:
     manager = find_task(name)
     try:
         return _load(manager, name, num_fewshot)
-    except (OSError, ValueError, KeyError, ImportError, ConnectionError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, ConnectionError, AttributeError, TypeError) as error:
         why = " ".join(str(error).split())[:160]
         raise UserError(
             f"task {name} cannot be loaded: {why}", "its data may need the network, or a package"

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dllm_sparsity.errors import UserError
 from dllm_sparsity.pair import folder
 from dllm_sparsity.pair.making.items import Maker
 from dllm_sparsity.pair.reference import reference_loglikelihood
@@ -169,3 +170,10 @@ def test_a_task_is_the_same_wherever_its_file_lies(tmp_path):
         path.write_text(yaml.safe_dump({**config, "doc_to_text": text}))
         found.append(load_tasks(TaskSpec(name=str(path)), 0)[0].identity)
     assert found[0] == found[1] != found[2]
+
+
+def test_a_file_that_names_tasks_instead_of_being_one_is_refused(material, tmp_path):
+    group = tmp_path / "group.yaml"
+    group.write_text("group: both\ntask: [tiny_choice, tiny_write]\n")
+    with pytest.raises(UserError, match=r"group\.yaml cannot be loaded"):
+        load_tasks(TaskSpec(name=str(group)), 0)
