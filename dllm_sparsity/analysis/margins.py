@@ -20,6 +20,7 @@ strength that lost few by luck also varies little, and would weigh too much."""
 _LEAST, _MOST = 0.5, 2.0
 """How much smaller or greater a variance may be at the threshold than where the margin is what it seems."""
 _STEPS, _FARTHEST = 12, 30.0
+"""Steps of the fit of variances, and how far from their mean it may go, in logarithms."""
 _STRETCH = 4.0
 """Most that a variance is stretched by; what is missing beyond it is taken for noise of its own."""
 _APART, _APART_BOUNDED = 0.1, 0.03
