@@ -79,7 +79,8 @@ def render(summary: dict[str, Any]) -> Group:
     )
     notes = [_text(f"note: {note}") for note in [*reasons, *summary["notes"][:3]]]
     if not rows:
-        return Group(_text("no curve yet: a dense cell and a cell with a rule must both be finished"), *notes)
+        nothing = _text("no curve yet: a dense cell and a cell with a rule must both be finished")
+        return Group(Padding(nothing, (0, 0, 1, 0)), *_ends(summary, several_rules), *notes)
     once = [row for row in rows if row["retention"] == asked[0]]
     against = _against_dense(summary, once, several_rules)
     layerwise = [Padding(_text(words), (0, 0, 1, 0)) for words in allocation_findings(summary.get("search"))]

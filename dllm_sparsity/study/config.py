@@ -120,7 +120,8 @@ class SearchConfig(_Frozen):
     budget: int | None = Field(default=None, ge=1)
     """Most item-evaluations for each curve, dense ones included; None for no limit."""
     average: bool = True
-    """Whether the average over tasks is searched as well, where there are several on one kind of quality."""
+    """Whether the average over tasks is searched as well, with one strength for all layers, where several tasks are on
+    one kind of quality."""
     layerwise: bool = False
     """Whether to look for strengths by layer that reach more sparsity in all than one strength for all layers."""
     layerwise_items: int = Field(default=128, ge=FEWEST_LAYERWISE_ITEMS)

@@ -98,6 +98,7 @@ def test_a_spent_budget_is_told(material, tmp_path):
 def test_a_budget_for_dense_alone_is_told(material, tmp_path):
     result = compare(make(material, quality="nll", budget=7), tmp_path / "run")
     assert "no curve yet" in on_terminal(result.summary)
+    assert "budget spent 6" in on_terminal(result.summary)
     (answer,) = json.loads((tmp_path / "run" / "search.json").read_text())["curves"]
     assert (answer["rule"], answer["value"], answer["evaluations"]) == ("top_p", None, 6)
 
