@@ -1,6 +1,7 @@
 """Every engine ends with the numbers of one process, also where a worker is killed in the middle of the study."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -115,12 +116,15 @@ def test_jobs_of_an_array(study, expected, tmp_path):
 
 def test_searches_in_jobs(study, tmp_path, monkeypatch):
     pytest.importorskip("submitit", reason="submitit is not installed")
-    study = {**study, "tasks": study["tasks"][:1], "search": {"width": 0.5, "quality": "acc"}}
+    study = {**study, "tasks": study["tasks"][::2], "search": {"width": 0.5, "quality": "nll"}}
     study["rules"] = [{"name": "top_p", "sites": ["all"]}]
     compare(study, tmp_path / "one")
     engine = Engine("slurm", workers=2, options={"cluster": "local", "timeout_min": 10})
     compare(study, tmp_path / "run", engine=engine)
     assert numbers(tmp_path / "run") == numbers(tmp_path / "one")
+    found = [json.loads((tmp_path / name / "search.json").read_text()) for name in ("run", "one")]
+    assert found[0] == found[1]
+    assert [own["task"] for own in found[0]["averages"]] == ["average of 2 tasks"] * 2
     monkeypatch.setattr("dllm_sparsity.study.engines.slurm.run", lambda *_: pytest.fail("a job was submitted"))
     compare(study, tmp_path / "run", engine=engine)
     assert numbers(tmp_path / "run") == numbers(tmp_path / "one")

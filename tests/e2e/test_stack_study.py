@@ -206,6 +206,21 @@ def test_workers_answer_for_several_strengths(asked, stacked, tmp_path, monkeypa
     assert_same(cells(tmp_path / "run"), cells(stacked))
 
 
+@pytest.mark.parametrize(
+    ("engine", "package"),
+    [
+        (Engine("ray", workers=1), "ray"),
+        (Engine("slurm", workers=2, options={"cluster": "local", "timeout_min": 10}), "submitit"),
+    ],
+    ids=["ray", "slurm"],
+)
+def test_actors_and_jobs_answer_for_several_strengths(asked, stacked, tmp_path, monkeypatch, engine, package):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    compare(asked(4), tmp_path / "run", engine=engine)
+    assert_same(cells(tmp_path / "run"), cells(stacked))
+
+
 def test_parts_of_a_study_hold_whole_stacks(asked, tmp_path, batches):
     """As jobs of SLURM run them: what shares forward passes is not torn apart."""
     study = asked(4, models=slice(1))
