@@ -45,6 +45,7 @@ def columns(rng, sizes, loss, groups=None):
         lost = rng.normal(loss[task], 0.05, size)
         kept = tokens * rng.uniform(0.3, 0.7, size)
         group = None if groups is None or groups[task] == 1 else np.arange(size) // groups[task]
+        lost = lost if group is None else lost + rng.normal(0, 0.1, size)[group]
         found.append(
             [
                 Column(-tokens * level, tokens, tokens, tokens, group),
