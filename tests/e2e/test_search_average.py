@@ -19,7 +19,7 @@ from dllm_sparsity.study.engines.planner import Planner
 STUDY = {
     "name": "averaged",
     "models": [{"paradigm": "autoregressive", "model": "embedded:autoregressive", "batch_size": 64}],
-    "tasks": [{"name": "heldout_text", "limit": 60}, {"name": "easy_endings", "limit": 90}],
+    "tasks": [{"name": "heldout_text", "limit": 30}, {"name": "easy_endings", "limit": 50}],
     "rules": [{"name": "top_p", "sites": ["intermediate"]}],
     "search": {"quality": "nll", "width": 0.1},
 }
@@ -50,7 +50,7 @@ def test_the_average_is_told_everywhere(finished):
     (row,) = [row for row in finished.table() if row["task"] == "average of 2 tasks"]
     assert (row["critical"], row["interval"], row["kind"]) == (answer["value"], answer["interval"], "nll")
     assert row["dense"] == answer["dense"]["value"] > 0
-    assert row["items"] == answer["items"] > 64
+    assert row["items"] == answer["items"] >= 64
     (sentence,) = [own for own in finished.summary["findings"] if own.startswith("average of 2 tasks")]
     assert sentence.endswith(f"(n={answer['items']}).")
     assert finished.table()[-1] == row
