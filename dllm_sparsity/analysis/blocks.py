@@ -97,7 +97,7 @@ def is_probe(cell: Cell) -> bool:
     Args:
         cell: The cell.
     """
-    return isinstance(cell.record.get("parts"), dict) and (cell.record["parts"].get("probe") is True or is_part(cell))
+    return _is_marked(cell, "probe") or is_part(cell)
 
 
 def is_part(cell: Cell) -> bool:
@@ -106,7 +106,11 @@ def is_part(cell: Cell) -> bool:
     Args:
         cell: The cell.
     """
-    return isinstance(cell.record.get("parts"), dict) and cell.record["parts"].get("average") is True
+    return _is_marked(cell, "average")
+
+
+def _is_marked(cell: Cell, name: str) -> bool:
+    return isinstance(cell.record.get("parts"), dict) and cell.record["parts"].get(name) is True
 
 
 def answers_of(cell: Cell, rule: CellRecord) -> list[Answer]:

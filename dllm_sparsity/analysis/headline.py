@@ -28,7 +28,7 @@ def headline(summary: dict[str, Any]) -> list[dict[str, Any]]:
     curves = [curve for curve in summary["curves"] if curve["headline"]]
     rows = [row for curve in curves for row in _rows(summary, curve, _stand_in(summary, curve, asked), asked)]
     means = [row for own in summary.get("averages", []) for row in _rows(summary, own, own, asked)]
-    return sorted(rows, key=_order) + sorted(means, key=_order)
+    return sorted(rows, key=order_of) + sorted(means, key=order_of)
 
 
 def _rows(
@@ -50,7 +50,12 @@ def _rows(
         }
 
 
-def _order(row: dict[str, Any]) -> list[str]:
+def order_of(row: dict[str, Any]) -> list[str]:
+    """Return what rows and curves are sorted by: the two paradigms come next to each other.
+
+    Args:
+        row: A row, or an entry of the summary's curves or averages.
+    """
     return [row[name] for name in ("task", "site", "rule", "paradigm", "model")]
 
 

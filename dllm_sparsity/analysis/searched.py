@@ -11,6 +11,7 @@ import pyarrow as pa
 from dllm_sparsity.analysis.checking import read_record
 from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.curves import achieved
+from dllm_sparsity.analysis.headline import order_of
 from dllm_sparsity.analysis.loading import Cell
 from dllm_sparsity.analysis.pairing import pair
 from dllm_sparsity.analysis.qualities import SCALES, pairs
@@ -161,8 +162,7 @@ def ends(search: Any) -> list[dict[str, Any]]:
         named = {name: own[name] for name in _TOLD}
         rows.append({**named, "ended": ended, "evaluations": spent})
     last = {own["task"] for own in answers if "tasks" in own}
-    order = ("task", "site", "rule", "paradigm", "model")
-    return sorted(rows, key=lambda row: [row["task"] in last, *(row[name] for name in order)])
+    return sorted(rows, key=lambda row: (row["task"] in last, order_of(row)))
 
 
 def _along(uniform: dict[str, Any]) -> list[Any]:

@@ -25,9 +25,9 @@ def standing(search: Any, cells: Sequence[Cell]) -> tuple[Any, tuple[str, ...]]:
     averages = [own for own in search.get("averages", []) if "measured" in own]  # before: means of critical sparsities
     reached: dict[str, int] = {}
     for cell in blocks_of(cells):
-        key = _key(cell.record, cell.record["strength"], cell.record["layers"])
+        key = _key_of(cell)
         reached[key] = max(reached.get(key, 0), cell.record["items"])
-    alone = {_key(cell.record, cell.record["strength"], cell.record["layers"]) for cell in cells if is_probe(cell)}
+    alone = {_key_of(cell) for cell in cells if is_probe(cell)}
     whole = [answer for answer in answers if _is_measured(answer, reached)]
     kept = [_with_allocation(answer, whole, alone) for answer in whole]
     sound = _sound(averages, [cell for cell in cells if is_part(cell)])
@@ -50,7 +50,7 @@ def _sound(averages: Sequence[Answer], parts: Sequence[Cell]) -> list[Answer]:
     """Return the answers on averages for which every task's part is there on as many items as were measured."""
     items: dict[str, int] = {}
     for cell in parts:
-        key = _key(cell.record, cell.record["strength"], cell.record["layers"])
+        key = _key_of(cell)
         items[key] = items.get(key, 0) + cell.record["items"]
     return [
         answer
@@ -86,6 +86,10 @@ def _with_allocation(answer: Answer, whole: Sequence[Answer], alone: set[str]) -
     if is_along and all(_key(answer, *each) in alone for each in layers):
         return answer
     return {name: value for name, value in answer.items() if name != "allocation"}
+
+
+def _key_of(cell: Cell) -> str:
+    return _key(cell.record, cell.record["strength"], cell.record["layers"])
 
 
 def _key(own: Any, strength: float | None, layers: Any) -> str:

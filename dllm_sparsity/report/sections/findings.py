@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from dllm_sparsity.analysis.critical import DEFAULT_READING, READINGS
 from dllm_sparsity.analysis.findings import first_worse
-from dllm_sparsity.analysis.headline import reading_of
+from dllm_sparsity.analysis.headline import order_of, reading_of
 from dllm_sparsity.analysis.searched import ends
 from dllm_sparsity.report import words
 from dllm_sparsity.report.data import ReportData
@@ -32,8 +32,8 @@ class Findings(Section):
         """
         found = data.summary or {}
         curves = [curve for curve in found["curves"] if curve["headline"]]
-        curves.sort(key=_order)
-        shown = [*curves, *sorted(found["averages"], key=_order)]
+        curves.sort(key=order_of)
+        shown = [*curves, *sorted(found["averages"], key=order_of)]
         options = [
             Option(f"{100 * retention:g} %", [chart], distance=float(retention != found["default_retention"]))
             for retention in found["retentions"]
@@ -53,10 +53,6 @@ class Findings(Section):
                 {f"{curve['task']}, {curve['model']}: {reason}" for curve in shown for reason in _why(found, curve)}
             ),
         )
-
-
-def _order(curve: dict[str, Any]) -> list[str]:
-    return [curve[name] for name in ("task", "site", "rule", "paradigm", "model")]
 
 
 def _why(found: dict[str, Any], curve: dict[str, Any]) -> list[str]:
