@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dllm_sparsity.analysis.averages import quality_of
 from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.loading import Cell
 from dllm_sparsity.analysis.margins import level_of
@@ -57,14 +58,14 @@ class SearchedAverage:
             search: The search, done.
             width: The width that was asked for.
         """
-        first, names = self.curves[0], {curve.quality["name"] for curve in self.curves}
+        first = self.curves[0]
         return {
             **first.identity,
             "task": self.name,
             "tasks": [curve.identity["task"] for curve in self.curves],
             **first.setting,
             "site": first.site,
-            "quality": names.pop() if len(names) == 1 else first.quality["kind"],
+            "quality": quality_of([curve.quality for curve in self.curves]),
             "kind": first.quality["kind"],
             **found_by(goal, search, width),
             "dense": self._dense(search),

@@ -78,6 +78,16 @@ def name_of(tasks: int, kind: str | None = None) -> str:
     return f"average of {tasks} tasks" + (f", {kind}" if kind else "")
 
 
+def quality_of(qualities: Sequence[Quality]) -> str:
+    """Return what the quality of an average is called: the name that all tasks have for it, else their kind.
+
+    Args:
+        qualities: Those of the tasks, of one kind.
+    """
+    names = {own["name"] for own in qualities}
+    return names.pop() if len(names) == 1 else qualities[0]["kind"]
+
+
 def averages(curves: Sequence[Curve], search: Any, seed: int = SEED) -> tuple[list[Average], list[str]]:
     """Return the averaged curve of each model, rule, site and kind of quality that has several tasks.
 
@@ -245,10 +255,10 @@ def _drawn(curve: Curve, strengths: Sequence[float], seed: int) -> np.ndarray:
 
 
 def _quality(curves: Sequence[Curve]) -> Quality:
-    kind, names = curves[0].quality["kind"], {curve.quality["name"] for curve in curves}
+    kind = curves[0].quality["kind"]
     chances = [curve.quality["chance"] or 0.0 for curve in curves]
     chance = math.fsum(chances) / len(chances) if kind == "accuracy" else None
-    return {"name": names.pop() if len(names) == 1 else kind, "kind": kind, "chance": chance}
+    return {"name": quality_of([curve.quality for curve in curves]), "kind": kind, "chance": chance}
 
 
 def _unread(reading: Reading, reason: str | None) -> Reading:
