@@ -75,7 +75,7 @@ class Margins:
     _threshold: Threshold
 
     def tested(self, at: np.ndarray, margin: np.ndarray) -> np.ndarray:
-        """Return how many times as wide the error is if the margin is zero as where it is what it seems.
+        """Return how many times as large a variance is if the margin is zero as where it is what it seems.
 
         Items that lose more vary more: an error as wide as what was seen makes a good margin look too good.
 
@@ -95,7 +95,7 @@ class Margins:
         else:
             lost = -math.log(self._threshold.retention)
             times = lost / np.maximum(lost - margin, lost / _MOST)
-        return np.sqrt(np.maximum(times, _LEAST))
+        return np.maximum(times, _LEAST)
 
     def _each(self, at: np.ndarray) -> np.ndarray | None:
         """Return the variance that one item is likely to have at some sparsities; None where nothing varies."""

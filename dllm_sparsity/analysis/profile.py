@@ -11,16 +11,18 @@ from statistics import NormalDist
 import numpy as np
 
 from dllm_sparsity.analysis.column import Column, Threshold
-from dllm_sparsity.analysis.margins import margins
+from dllm_sparsity.analysis.margins import Margins, margins
 from dllm_sparsity.analysis.spline import EVERY, Smooth, smooth
 
 LEVEL = 0.95
-_HELD = 0.944
+_HELD = 0.98
 """Errors of a curve allow for bends that most curves do not have; so much of them holds the truth often enough."""
 _Z, _EARLY = (_HELD * NormalDist().inv_cdf(own) for own in ((1 + LEVEL) / 2, LEVEL))
 _SURE = 3.0
 _SHARES = np.linspace(0, 1, 17)[1:]
 _REACH, _FARTHEST = 0.5, 0.02
+_KNEE = 12.0
+"""From where on a margin is drawn near to the threshold, in dense margins."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Profile:
         fails: Whether there is such a sparsity.
         sure: As `high`, at three standard errors; infinite where there is no such sparsity.
         crosses: Whether the margin falls below zero at all.
-        curve: The smooth curve through the points.
+        curve: The smooth curve through the points, on the scale of `_curve`.
         sparsity_error: Standard error of the sparsity itself at the crossing.
     """
 
@@ -71,19 +73,23 @@ class Profile:
         return self.curve.mesh[::EVERY]
 
     def doubt(self, place: int | None = None) -> float:
-        """Return how much of the interval is likely to be taken for the wrong side of the threshold, in sparsity.
+        """Return how unsure the first crossing is within the interval: what it may lie off, in sparsity.
+
+        A place counts as held only where all before it are: what lies behind a sure miss is of no interest.
 
         Args:
             place: Number of the candidate that is measured next; None for none.
 
         Source: Bect, Ginsbourger, Li, Picheny and Vazquez 2012, Sequential design of computer experiments for the
-            estimation of a probability of failure. Differs: the curve is taken to stay where it is.
+            estimation of a probability of failure. Differs: it is the first failure that is looked for, and the curve
+            is taken to stay where it is.
         """
         error = np.maximum(self.curve.error if place is None else self.curve.error_after(place), 1e-12)
-        wrong = 1 / (1 + np.exp(np.minimum(1.7 * np.abs(self.curve.value) / error, 500)))  # a normal tail, nearly
+        holds = 1 / (1 + np.exp(np.clip(-1.7 * self.curve.value / error, -500, 500)))  # a normal tail, nearly
+        holds = np.minimum.accumulate(holds)
         mesh = self.curve.mesh
-        wrong = np.where((mesh >= self.low) & (mesh <= self.high), wrong, 0.0)
-        return float(np.trapezoid(wrong, mesh))
+        unsure = np.where((mesh >= self.low) & (mesh <= self.high), holds * (1 - holds), 0.0)
+        return float(np.trapezoid(unsure, mesh))
 
 
 def profile(
@@ -100,7 +106,8 @@ def profile(
     Its error grows in the gaps between points. The interval inverts a test: a sparsity next to the estimate belongs to
     it unless the margin is told from zero, each side at half the error rate; and so does all from the first place on
     that is not told from a miss at the whole error rate, for a curve may fall short early and come back. A place is
-    told from a miss with the error that a miss would have, not with the one of what was seen.
+    told from a miss with the error that a miss would have, not with the one of what was seen; how far the curve may
+    bend between points is the same for both.
 
     Args:
         dense: The dense cell's items, none left out.
@@ -114,11 +121,10 @@ def profile(
     """
     points = margins(dense, sparse, threshold)
     mesh = _mesh(points.place, ended)
-    more = None if block is None else points.another(mesh[::EVERY], block)
-    curve = smooth(points.place, points.margin, points.covariance, mesh, more)
+    curve, margin = _curve(points, mesh, block)
     value, error = curve.value, curve.error
     error[0] = 0.0
-    tested = error * points.tested(mesh, value)
+    tested = np.sqrt(np.maximum(error**2 + curve.noise**2 * (points.tested(mesh, margin) - 1), 0.0))
     estimate, crosses = _first(mesh, value)
     high, fails = _first(mesh, value + _Z * tested)
     early, _ = _first(mesh, value - _EARLY * tested)
@@ -136,6 +142,33 @@ def profile(
         curve=curve,
         sparsity_error=float(points.spread[int(np.abs(points.place - estimate).argmin())]),
     )
+
+
+def _curve(points: Margins, mesh: np.ndarray, block: range | None) -> tuple[Smooth, np.ndarray]:
+    """Return the smooth curve through points, margins far from the threshold drawn near, and its margins as they are.
+
+    It crosses where it would anyway. A steep end would tell of a curve that bends much everywhere, which leaves the
+    places between points unsure.
+
+    Args:
+        points: What was measured.
+        mesh: Where the curve is wanted.
+        block: Items on which one more point may be measured; None where nobody asks what it would tell.
+
+    Source: McCullagh and Nelder 1989, Generalized linear models, section 2.5, for the points on another scale: its
+        slope is taken at a first curve, not at what was measured, whose noise would weigh points that came out low.
+    """
+    knee = _KNEE * max(abs(float(points.margin[0])), 1e-9)
+    first = smooth(points.place, points.margin, points.covariance, points.place).value
+    slope = 1 / np.hypot(1, first / knee)
+    height = knee * np.arcsinh(first / knee) + slope * (points.margin - first)
+    more = None
+    if block is not None:
+        cross, variance = points.another(mesh[::EVERY], block)
+        there = np.interp(mesh[::EVERY], points.place, slope)
+        more = cross * np.outer(slope, there), variance * there**2
+    curve = smooth(points.place, height, points.covariance * np.outer(slope, slope), mesh, more)
+    return curve, knee * np.sinh(curve.value / knee)
 
 
 def _mesh(place: np.ndarray, ended: bool) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 _BENDS = np.geomspace(20.0, 5000.0, 6)
 """How strongly a curve may bend, in the height of its first point; each is weighed by how well it fits the points."""
-_HASTES = np.array([0.0, 0.5, 1.25, 2.0])
+_HASTES = np.array([0.0, 0.5])
 """Powers with which the bend grows along the curve, weighed likewise; half as far as one, it is as `_BENDS` says."""
 _LEAST = 1e-4
 """Smallest error of a point, in the height of the first: keeps points without noise apart."""
@@ -26,12 +26,14 @@ class Smooth:
         mesh: Where it is read.
         value: The curve there.
         error: Its standard error.
+        noise: The part of it that comes from the errors of the points; the rest is how it may bend between them.
         gains: By how much the variance would fall with one more point, (mesh, places).
     """
 
     mesh: np.ndarray
     value: np.ndarray
     error: np.ndarray
+    noise: np.ndarray
     gains: np.ndarray
 
     def error_after(self, place: int) -> np.ndarray:
@@ -67,11 +69,11 @@ def smooth(
     """
     scale = max(abs(float(height[0])), 1e-9)
     place = place + _APART * np.arange(len(place))
-    noise = covariance + np.eye(len(place)) * (_LEAST * scale) ** 2
+    covariance = covariance + np.eye(len(place)) * (_LEAST * scale) ** 2
     trend, ahead = (np.stack([np.ones_like(at), at], axis=1) for at in (place, mesh))
     among, across = (np.repeat(_bend(place, at), len(_BENDS), axis=0) for at in (place, mesh))
     bends = (np.tile(_BENDS, len(_HASTES)) * scale)[:, None, None] ** 2
-    whole = noise + bends * among
+    whole = covariance + bends * among
     inverse = np.linalg.inv(whole)
     information = trend.T @ inverse @ trend
     unsure = np.linalg.inv(information)
@@ -85,18 +87,20 @@ def smooth(
     weights = np.exp(evidence - evidence.max())
     weights /= weights.sum()
     value = weights @ means
+    drawn = pulled.swapaxes(1, 2) + lack @ unsure @ trend.T @ inverse  # from heights to the curve
+    noise = np.sqrt(weights @ ((drawn @ covariance) * drawn).sum(2))
     error = np.sqrt(weights @ (np.maximum(own, 0.0) + (means - value) ** 2))
     gains = np.zeros((len(mesh), 0))
     if more is not None:
         at = mesh[::EVERY]
         there = bends * across[:, :, ::EVERY] + more[0]
-        drawn = inverse @ there
-        short = ahead[::EVERY] - drawn.swapaxes(1, 2) @ trend
-        shared = bends * (np.repeat(_bend(mesh, at), len(_BENDS), axis=0) - across.swapaxes(1, 2) @ drawn)
+        behind = inverse @ there
+        short = ahead[::EVERY] - behind.swapaxes(1, 2) @ trend
+        shared = bends * (np.repeat(_bend(mesh, at), len(_BENDS), axis=0) - across.swapaxes(1, 2) @ behind)
         shared += lack @ unsure @ short.swapaxes(1, 2)
-        left = bends[..., 0] * _own(at) + more[1] - (there * drawn).sum(1) + ((short @ unsure) * short).sum(2)
-        gains = np.tensordot(weights, shared**2 / np.maximum(left, noise[0, 0])[:, None], 1)
-    return Smooth(mesh, value, error, gains)
+        left = bends[..., 0] * _own(at) + more[1] - (there * behind).sum(1) + ((short @ unsure) * short).sum(2)
+        gains = np.tensordot(weights, shared**2 / np.maximum(left, covariance[0, 0])[:, None], 1)
+    return Smooth(mesh, value, error, noise, gains)
 
 
 def _log(matrices: np.ndarray) -> np.ndarray:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from dllm_sparsity.analysis.catalogue import WORLDS
-from dllm_sparsity.analysis.column import Column, Threshold
-from dllm_sparsity.analysis.profile import profile
+from dllm_sparsity.analysis.column import Threshold
 from dllm_sparsity.analysis.search import LADDER, Ask, Limits, Search, boundaries
 from dllm_sparsity.analysis.simulate import grid_study, grids, search_study, table, tally
-from dllm_sparsity.analysis.spline import smooth
 from dllm_sparsity.analysis.worlds import sparsity_at
 from dllm_sparsity.cli.compare import _on_paper_grid
 from dllm_sparsity.comparison import ladder_of
@@ -30,93 +27,6 @@ def drive(search, sample):
             ask = asks.send(sample.column(ask.strength or 0.0, ask.start, ask.stop))
     except StopIteration as end:
         return end.value, told
-
-
-def column(quality, sparsity, items=64):
-    ones = np.ones(items)
-    return Column(np.full(items, quality), ones, ones * (1 - sparsity), ones)
-
-
-def test_a_profile_without_noise_reads_the_crossing():
-    sparse = [column(-2.0 - 0.1 * own, own) for own in (0.05, 0.1, 0.2, 0.4)]
-    found = profile(column(-2.0, 0.0), sparse, Threshold(0.99, logarithmic=True, bounded=False))
-    assert found.estimate == pytest.approx(-np.log(0.99) / 0.1, abs=1e-4)
-    assert found.width < 0.003
-    assert found.crosses
-    assert found.fails
-
-
-def test_a_smooth_curve_keeps_to_sure_points_and_doubts_the_gaps():
-    place, height = np.array([0.0, 0.2, 0.5, 0.6]), np.array([0.01, 0.009, -0.002, -0.01])
-    found = smooth(place, height, np.zeros((4, 4)), np.array([0.0, 0.2, 0.35, 0.5, 0.55, 0.6]))
-    value, error = found.value, found.error
-    np.testing.assert_allclose(value[[0, 1, 3, 5]], height, atol=1e-5)
-    assert error[2] > error[4] > 10 * error[3]
-
-
-def test_a_profile_that_never_fails_is_one_sided():
-    sparse = [column(-2.0, 0.2), column(-2.0, 0.9)]
-    found = profile(column(-2.0, 0.0), sparse, Threshold(0.99, logarithmic=True, bounded=False), ended=True)
-    assert (found.crosses, found.fails) == (False, False)
-    assert found.estimate == pytest.approx(0.9)
-
-
-def test_items_that_happen_to_agree_are_not_certain():
-    found = profile(column(1.0, 0.0), [column(1.0, 0.5)], Threshold(0.99, logarithmic=False, bounded=True))
-    assert found.low < 0.5
-
-
-def test_a_strength_on_the_first_items_counts_by_its_difference():
-    rng = np.random.default_rng(0)
-    level, ones = rng.normal(2, 1, 400), np.ones(400)
-    dense, near = Column(-level, ones, ones, ones), Column(-level - 0.004, ones, ones * 0.6, ones)
-    far = Column(-level - 0.024, ones, ones * 0.5, ones).first(100)
-    found = profile(dense, [near, far], Threshold(0.99, logarithmic=True, bounded=False))
-    margins = -np.log(0.99) - np.array([0, 0.004, 0.024])
-    np.testing.assert_allclose(found.margins, margins, atol=1e-12)
-    assert found.errors.max() < 1e-12
-
-
-def test_groups_are_counted_together():
-    rng = np.random.default_rng(0)
-    ones, loss = np.ones(400), rng.normal(0.01, 0.02, 100)
-    dense = Column(-2 * ones, ones, ones, ones, np.arange(400) // 4)
-    sparse = Column(-2 - np.repeat(loss, 4), ones, ones * 0.5, ones)
-    threshold = Threshold(0.99, logarithmic=True, bounded=False)
-    found = profile(dense, [sparse], threshold)
-    alone = profile(Column(dense.height, ones, ones, ones), [sparse], threshold)
-    assert found.errors[1] == pytest.approx(loss.std() / 10, rel=0.05)
-    assert found.errors[1] == pytest.approx(2 * alone.errors[1])
-
-
-def test_one_group_is_not_surer_than_its_items():
-    rng = np.random.default_rng(0)
-    ones, right = np.ones(64), (rng.uniform(size=64) > 0.1).astype(float)
-    threshold = Threshold(0.99, logarithmic=False, bounded=True)
-    errors = [
-        profile(Column(ones, ones, ones, ones, group), [Column(right, ones, ones * 0.5, ones, group)], threshold).errors
-        for group in (np.zeros(64, dtype=np.int64), None)
-    ]
-    assert errors[0][1] >= errors[1][1] > 0.01  # of one group alone nothing is seen to vary
-
-
-def test_items_that_were_measured_near_by_tell_less_than_new_ones():
-    sample = BY_NAME["accuracy, 95 % kept"].draw(0)
-    dense = sample.column(0.0, 0, 1000)
-    sparse = [sample.column(strength, 0, 500) for strength in (0.1, 0.3, 0.5, 0.8)]
-    threshold = sample.world.threshold
-    old, new = (profile(dense, sparse, threshold, block=block) for block in (range(500), range(500, 1000)))
-    assert old.doubt() == new.doubt()
-    near = int(np.abs(new.candidates - old.points[3]).argmin())
-    assert new.doubt(near) < old.doubt(near) < old.doubt()
-
-
-def test_a_sample_of_items_takes_those_that_are_there():
-    numbers = np.array([5, 2, 9])
-    own = Column(numbers * 1.0, np.ones(3), np.ones(3), np.ones(3), item=numbers)
-    drawn = own.drawn(np.array([9, 1, 5, 9]))
-    assert drawn.height.tolist() == [9, 5, 9]
-    assert drawn.items.tolist() == [0, 2, 3]
 
 
 def test_an_early_place_that_may_be_a_miss_is_in_the_interval():
