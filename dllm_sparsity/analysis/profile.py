@@ -15,9 +15,7 @@ from dllm_sparsity.analysis.margins import Margins, margins
 from dllm_sparsity.analysis.spline import EVERY, Smooth, smooth
 
 LEVEL = 0.95
-_HELD = 0.98
-"""Errors of a curve allow for bends that most curves do not have; so much of them holds the truth often enough."""
-_Z, _EARLY = (_HELD * NormalDist().inv_cdf(own) for own in ((1 + LEVEL) / 2, LEVEL))
+_Z, _EARLY = NormalDist().inv_cdf((1 + LEVEL) / 2), NormalDist().inv_cdf(LEVEL)
 _SURE = 3.0
 _SHARES = np.linspace(0, 1, 17)[1:]
 _REACH, _FARTHEST = 0.5, 0.02

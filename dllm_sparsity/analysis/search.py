@@ -22,7 +22,7 @@ _TURNS, _QUARTER = 3, 0.25
 """How often the items are gone through where strengths change other items, and the part of them in a later round."""
 _MOST = 4
 """Strengths that a round may measure for one retention."""
-_GAIN, _LATE_GAIN = 0.09, 0.045
+_GAIN, _LATE_GAIN = 0.06, 0.045
 """Share of the doubt that another strength must take away: on items at hand, and in a later turn."""
 _NEAR = 0.1
 """How near a measured strength serves a place, in widths."""
