@@ -235,8 +235,9 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
 - `too low` and `too high` are the shares of intervals that lie wholly below and above the truth. In {studies}
   studies, a true coverage of 95 % shows within {within:.1f} points of it, in 19 lines of 20.
 - A search takes for granted that the curve is smooth, the more so where little is dropped: it reads a place from what
-  was measured beside it. An early, narrow and shallow fall that comes back, as in `accuracy, wavy`, it often misses; to
-  be sure that there is none takes most items at several low strengths, as a grid spends them.
+  was measured beside it. An early, narrow and shallow fall that comes back, as in `accuracy, wavy`, is often not told
+  from a miss, and the interval then reaches from there to the last crossing; to tell takes most items at several low
+  strengths, as a grid spends them.
 - Where no strength fails, the answer is one-sided, and it holds when its low end is not above the truth.
 - A search goes through the items {passes:.1f} times for a curve, on the mean of the lines.
 - Widths and sparsities are in points of a hundred.
