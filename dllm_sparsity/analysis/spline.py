@@ -82,12 +82,12 @@ def smooth(
     pulled = bends * (inverse @ across)
     lack = ahead - pulled.swapaxes(1, 2) @ trend
     evidence = -(_log(whole) + _log(information) + (rest * (inverse @ rest)).sum((1, 2))) / 2
-    means = (ahead @ line + pulled.swapaxes(1, 2) @ rest)[..., 0]
+    drawn = pulled.swapaxes(1, 2) + lack @ unsure @ trend.T @ inverse  # from heights to the curve
+    means = drawn @ height
     own = bends[..., 0] * (_own(mesh) - (across * pulled).sum(1)) + ((lack @ unsure) * lack).sum(2)
     weights = np.exp(evidence - evidence.max())
     weights /= weights.sum()
     value = weights @ means
-    drawn = pulled.swapaxes(1, 2) + lack @ unsure @ trend.T @ inverse  # from heights to the curve
     noise = np.sqrt(weights @ ((drawn @ covariance) * drawn).sum(2))
     error = np.sqrt(weights @ (np.maximum(own, 0.0) + (means - value) ** 2))
     gains = np.zeros((len(mesh), 0))
