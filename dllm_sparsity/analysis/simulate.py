@@ -223,8 +223,8 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
 - An `average` is that of the tasks' quality against that of their sparsity, every task counting the same, whatever
   its items. A search takes them in an order of which every stretch holds all tasks, and of a large task at most eight
   times the items of the smallest.
-- The search's constants were chosen with all lines in sight but those marked as held out, which were first drawn when
-  the search was done. `NLL, to and fro` falls short of the threshold by little and comes back, and is why an interval
+- The search's constants were chosen by all lines but those marked as held out, which were drawn late; none was changed
+  for them. `NLL, to and fro` falls short of the threshold by little and comes back, and is why an interval
   reaches back to any earlier place that may be a miss.
 - The grid's interval is that of the interpolated crossing with a paired bootstrap of {draws} draws. Where it holds the
   truth less often than 95 %, it is too narrow: `width at 95 %` is its mean width, drawn out about the reading until
