@@ -19,6 +19,9 @@ _Z, _EARLY = NormalDist().inv_cdf((1 + LEVEL) / 2), NormalDist().inv_cdf(LEVEL)
 _SURE = 3.0
 _SHARES = np.linspace(0, 1, 17)[1:]
 _REACH, _FARTHEST = 0.5, 0.02
+_HALF, _TAIL = 0.8, 1.7
+"""Standard errors off the threshold at which a place counts half as unsure, and how fast it counts less: a logistic
+curve with this slope is a normal one, nearly."""
 _KNEE = 12.0
 """From where on a margin is drawn near to the threshold, in dense margins."""
 
@@ -71,23 +74,24 @@ class Profile:
         return self.curve.mesh[::EVERY]
 
     def doubt(self, place: int | None = None) -> float:
-        """Return how unsure the first crossing is within the interval: what it may lie off, in sparsity.
+        """Return how much of the interval is not told from the threshold, in sparsity.
 
-        A place counts as held only where all before it are: what lies behind a sure miss is of no interest.
+        A place counts the less, the surer it holds or fails, and stands no better than the worst before it: what lies
+        behind a sure miss is of no interest.
 
         Args:
             place: Number of the candidate that is measured next; None for none.
 
         Source: Bect, Ginsbourger, Li, Picheny and Vazquez 2012, Sequential design of computer experiments for the
-            estimation of a probability of failure. Differs: it is the first failure that is looked for, and the curve
-            is taken to stay where it is.
+            estimation of a probability of failure. Differs: it is the first failure that is looked for, the curve is
+            taken to stay where it is, and places a little off the threshold count nearly as much as those on it, for
+            another point tells more of them.
         """
         error = np.maximum(self.curve.error if place is None else self.curve.error_after(place), 1e-12)
-        holds = 1 / (1 + np.exp(np.clip(-1.7 * self.curve.value / error, -500, 500)))  # a normal tail, nearly
-        holds = np.minimum.accumulate(holds)
+        off = abs(np.minimum.accumulate(self.curve.value / error))
+        unsure = 1 / (1 + np.exp(np.minimum(_TAIL * (off - _HALF), 500)))
         mesh = self.curve.mesh
-        unsure = np.where((mesh >= self.low) & (mesh <= self.high), holds * (1 - holds), 0.0)
-        return float(np.trapezoid(unsure, mesh))
+        return float(np.trapezoid(np.where((mesh >= self.low) & (mesh <= self.high), unsure, 0.0), mesh))
 
 
 def profile(

@@ -17,7 +17,7 @@ from dllm_sparsity.study.tasks import LoadedTask
 
 _ALL = ("input", "intermediate")
 
-SEARCH_PASSES = 2.6
+SEARCH_PASSES = 2.5
 """How often a search goes through the items of a curve, dense included: what simulated ones take on average."""
 
 
