@@ -72,7 +72,7 @@ class Goal:
         threshold: What is asked.
         profile: The curve around the crossing; None before the first answer.
         items: Items behind it.
-        stopped: Why it ended: `width`, `items` or `budget`; empty while it goes on.
+        stopped: Why it ended: `width`, `items`, `budget` or `values`; empty while it goes on.
     """
 
     threshold: Threshold
@@ -83,6 +83,10 @@ class Goal:
 
 class OutOfBudget(Exception):
     """The next block costs more than what is left."""
+
+
+class OutOfValues(Exception):
+    """No item that was measured at a strength has a value, or none of one task."""
 
 
 def boundaries(items: int, least: int = LEAST_BLOCK) -> list[int]:
@@ -131,9 +135,9 @@ class Search:
         """Yield what is to be measured, be sent what came out, return what was found."""
         try:
             yield from self._rounds()
-        except OutOfBudget:
+        except (OutOfBudget, OutOfValues) as end:
             for goal in self.goals:
-                goal.stopped = goal.stopped or "budget"
+                goal.stopped = goal.stopped or ("budget" if isinstance(end, OutOfBudget) else "values")
         return self.goals
 
     def _rounds(self) -> Generator[Ask, Column, None]:
@@ -159,7 +163,7 @@ class Search:
         self._here = {at for at, own in self.columns.items() if ((own.items >= start) & (own.items < stop)).any()}
         for block in self._blocks() if self._turn == 1 else []:
             answer = yield from self._take(Ask(None, *block))
-            self.dense = self.dense.joined(answer) if self.dense else answer
+            self.dense = _valued(self.dense.joined(answer) if self.dense else answer)
 
     def _is_narrow(self, found: Profile) -> bool:
         """Tell whether a width can be believed: few items may fake a fall, but not one of three standard errors."""
@@ -190,7 +194,7 @@ class Search:
         for block in self._blocks():
             answer = yield from self._take(Ask(strength, *block))
             before = self.columns.get(strength)
-            self.columns[strength] = before.joined(answer) if before else answer
+            self.columns[strength] = _valued(before.joined(answer) if before else answer)
         self._here.add(strength)
 
     def _take(self, ask: Ask) -> Generator[Ask, Column, Column]:
@@ -276,6 +280,14 @@ class Search:
         left = {n: found.doubt(n) for n in free}
         best = min(free, key=lambda n: left[n], default=None)
         return None if best is None or left[best] >= (1 - enough) * found.doubt() else float(found.candidates[best])
+
+
+def _valued(column: Column) -> Column:
+    """Return a column of which every task has a value, so that there is a quality."""
+    stratum = np.zeros(len(column), dtype=np.int64) if column.stratum is None else column.stratum
+    if not np.bincount(stratum, column.weight).all():
+        raise OutOfValues
+    return column
 
 
 def _above(found: Profile) -> float:

@@ -21,7 +21,16 @@ from dllm_sparsity.study.records import Quality
 
 _PLACED = ("task", "site", "paradigm", "model")
 _TOLD = (*_PLACED, "rule", "quality", "retention", "items", "items_available")
-_STOPS: dict[str, str] = {"width": "width of {:g} reached", "items": "all items used", "budget": "budget spent"}
+_STOPS: dict[str, str] = {
+    "width": "width of {:g} reached",
+    "items": "all items used",
+    "budget": "budget spent",
+    "values": "no item with a value",
+}
+_WITHOUT_ANSWER = {
+    "budget": "the budget of item-evaluations was spent before there was an answer",
+    "values": "at a strength that was measured, no item has a value of this quality",
+}
 
 
 class SearchedCurve:
@@ -119,7 +128,7 @@ def found_by(goal: Goal, search: Search, width: float) -> dict[str, Any]:
         "value": found.estimate if found else None,
         "interval": list(found.interval) if found else None,
         "censored": found is not None and not found.crosses,
-        "reason": None if found else "the budget of item-evaluations was spent before there was an answer",
+        "reason": None if found else _WITHOUT_ANSWER.get(goal.stopped),
         "stopped": goal.stopped,
         "width": width,
         "items": goal.items,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dllm_sparsity.analysis.catalogue import WORLDS
 from dllm_sparsity.analysis.column import Threshold
 from dllm_sparsity.analysis.search import LADDER, Ask, Limits, Search, boundaries
+from dllm_sparsity.analysis.searched import found_by
 from dllm_sparsity.analysis.simulate import grid_study, grids, search_study, table, tally
 from dllm_sparsity.analysis.worlds import sparsity_at
 from dllm_sparsity.cli.compare import _on_paper_grid
@@ -54,6 +57,29 @@ def test_no_block_is_asked_for_twice_and_dense_comes_first():
     assert search.spent == sum(ask.stop - ask.start for ask in told)
     assert goals[0].stopped == "width"
     assert goals[0].profile.width <= 0.02
+
+
+@pytest.mark.parametrize(
+    ("is_valueless", "found"),
+    [(lambda at: True, False), (lambda at: at > 0, False), (lambda at: at not in LADDER, True)],
+)
+def test_a_strength_of_which_no_item_has_a_value_ends_the_search_with_what_it_has(is_valueless, found):
+    world = BY_NAME["accuracy, steep"]
+    sample = world.draw(0)
+
+    class Broken:
+        def column(self, strength, start, stop):
+            column = sample.column(strength, start, stop)
+            weight = 0 * column.weight if is_valueless(strength) else column.weight
+            return replace(column, height=column.height * weight, weight=weight)
+
+    search = Search(LADDER, [world.threshold], Limits(0.05, world.items))
+    (goal,), _ = drive(search, Broken())
+    assert goal.stopped == "values"
+    assert (goal.profile is not None) is found
+    assert found_by(goal, search, 0.05)["reason"] == (
+        None if found else "at a strength that was measured, no item has a value of this quality"
+    )
 
 
 def test_the_search_is_a_function_of_what_it_was_sent():
