@@ -23,7 +23,7 @@ _STEPS, _FARTHEST = 12, 30.0
 """Steps of the fit of variances, and how far from their mean it may go, in logarithms."""
 _STRETCH = 4.0
 """Most that a variance is stretched by; what is missing beyond it is taken for noise of its own."""
-_APART, _APART_BOUNDED = 0.1, 0.03
+_APART, _APART_BOUNDED = 0.05, 0.03
 """Share of a variance that is taken to go with no other: where errors are as alike as those of one item at near
 strengths, their difference would be taken for certain. A right or wrong answer says less of its neighbours."""
 
