@@ -11,7 +11,6 @@ import numpy as np
 from dllm_sparsity.analysis.averages import quality_of
 from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.loading import Cell
-from dllm_sparsity.analysis.margins import level_of
 from dllm_sparsity.analysis.mixture import Mixture
 from dllm_sparsity.analysis.search import Goal, Search
 from dllm_sparsity.analysis.searched import SearchedCurve, found_by
@@ -67,17 +66,9 @@ class SearchedAverage:
             "site": first.site,
             "quality": quality_of([curve.quality for curve in self.curves]),
             "kind": first.quality["kind"],
-            **found_by(goal, search, width),
-            "dense": self._dense(search),
+            **found_by(goal, search, width, first.quality["kind"]),
             "measured": {"dense": self._by_task(search.dense), **self._strengths(search)},
         }
-
-    def _dense(self, search: Search) -> dict[str, Any]:
-        if search.dense is None:
-            return {"value": None, "interval": None}
-        value, low, high = level_of(search.dense)
-        sign = self.curves[0].scale.sign
-        return {"value": sign * value, "interval": sorted([sign * low, sign * high])}
 
     def _strengths(self, search: Search) -> dict[str, list[int]]:
         return {repr(strength): self._by_task(column) for strength, column in search.columns.items()}

@@ -29,7 +29,7 @@ class JoinedCell(Cell):
     @property
     def places(self) -> list[list[int]]:
         """Return which items the blocks hold: the first of each, and one behind the last."""
-        return [block.record["parts"]["block"] for block in self.blocks]
+        return [_items(block) for block in self.blocks]
 
     @cached_property
     def samples(self) -> pa.Table:
@@ -53,8 +53,8 @@ def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
         answers: What search.json holds of each curve and retention.
     """
     whole = [cell for cell in cells if not is_block(cell)]
-    found = blocks_of(cells)
     dense = {_place(cell) for cell in whole if cell.record["dense"] and not cell.record.get("replicate")}
+    found = blocks_of(_paired(cells, dense))
     best: dict[str, JoinedCell] = {}
     for cell in found:
         if not cell.record["dense"]:
@@ -133,11 +133,23 @@ def is_of(answer: Answer, rule: CellRecord) -> bool:
     return _curve(answer) == _curve(rule)
 
 
+def _paired(cells: Sequence[Cell], dense: set[tuple[Any, ...]]) -> list[Cell]:
+    """Return cells without blocks whose dense answers are damaged or not there: nothing can be said of them."""
+    there = {(_place(cell), *_items(cell)) for cell in cells if is_block(cell) and cell.record["dense"]}
+    return [
+        cell for cell in cells if not is_block(cell) or _place(cell) in dense or (_place(cell), *_items(cell)) in there
+    ]
+
+
+def _items(cell: Cell) -> list[int]:
+    return cell.record["parts"]["block"]
+
+
 def _join(blocks: list[Cell]) -> JoinedCell:
-    ordered = sorted(blocks, key=lambda cell: cell.record["parts"]["block"])
+    ordered = sorted(blocks, key=_items)
     chain = [ordered[0]]
     for cell in ordered[1:]:
-        if cell.record["parts"]["block"][0] >= chain[-1].record["parts"]["block"][1]:
+        if _items(cell)[0] >= _items(chain[-1])[1]:
             chain.append(cell)
     record = dict(chain[0].record)
     record["items"] = sum(cell.record["items"] for cell in chain)

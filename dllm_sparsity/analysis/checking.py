@@ -50,9 +50,10 @@ def damaged(path: Path, why: str) -> UserError:
         path: The file.
         why: What is wrong with it.
     """
-    return UserError(
-        f"{path.parent.name}/{path.name} cannot be used: {why}", f"delete {path.parent} and run the study again"
-    )
+    hint = f"delete {path.parent} and run the study again"
+    if path.parent.parent.name != "cells":  # what stands beside the cells is made from them
+        hint = "run dllm-sparsity compare again: it writes this file anew and keeps the cells"
+    return UserError(f"{path.parent.name}/{path.name} cannot be used: {why}", hint)
 
 
 def read_json(path: Path) -> Any:

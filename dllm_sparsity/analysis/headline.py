@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _NAMES = ("task", "site", "rule", "paradigm", "model", "quality", "kind", "items")
@@ -68,6 +68,24 @@ def _stand_in(summary: dict[str, Any], curve: dict[str, Any], retentions: list[f
     same = ("task", "site", "rule", "paradigm", "model")
     others = (own for own in summary["curves"] if own["kind"] == "nll" and all(own[n] == curve[n] for n in same))
     return curve if has_answer(curve) else next((own for own in others if has_answer(own)), curve)
+
+
+def without_answer(curves: Iterable[tuple[str, str, str, str | None]]) -> list[str]:
+    """Return a sentence for each task and model that lacks an answer; it names the sites where others have one.
+
+    Args:
+        curves: Task, model or paradigm, site, and why there is no answer; None where there is one.
+    """
+    sites: dict[tuple[str, str], dict[str, None]] = {}
+    lacking: dict[tuple[str, str, str], dict[str, None]] = {}
+    for task, model, site, why in curves:
+        sites.setdefault((task, model), {})[site] = None
+        if why:
+            lacking.setdefault((task, model, why), {})[site] = None
+    return [
+        f"{task}, {model}{'' if own == sites[task, model] else ', ' + ' and '.join(own)}: {why}"
+        for (task, model, why), own in lacking.items()
+    ]
 
 
 def reading_of(curve: dict[str, Any], reading: str, retention: float) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _pair(sources: Sequence[_Source], task: str, place: str) -> Paired:
     if len(filters) > 1:
         notes.append(f"{task} has the filters {', '.join(map(str, filters))}; {chosen} is shown")
     if dropped := max(map(len, rows)) - len(shared):
-        notes.append(f"{dropped} items of {task} are not in every cell and are left out")
+        notes.append(f"{dropped} items of {place.removeprefix('task ')} are not in every cell and are left out")
     return Paired(tuple(shared), tables, tuple(notes))
 
 

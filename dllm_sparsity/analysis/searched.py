@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -13,18 +15,20 @@ from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.curves import achieved
 from dllm_sparsity.analysis.headline import order_of
 from dllm_sparsity.analysis.loading import Cell
+from dllm_sparsity.analysis.margins import level_of, margins
 from dllm_sparsity.analysis.pairing import pair
 from dllm_sparsity.analysis.qualities import SCALES, pairs
 from dllm_sparsity.analysis.search import Goal, Search
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.records import Quality
 
+_Z = NormalDist().inv_cdf(0.975)
 _PLACED = ("task", "site", "paradigm", "model")
 _TOLD = (*_PLACED, "rule", "quality", "retention", "items", "items_available")
 _STOPS: dict[str, str] = {
     "width": "width of {:g} reached",
-    "items": "all items used",
-    "budget": "budget spent",
+    "items": "all items used, above {:g}",
+    "budget": "budget spent, above {:g}",
     "values": "no item with a value",
 }
 _WITHOUT_ANSWER = {
@@ -106,23 +110,20 @@ class SearchedCurve:
             "site": self.site,
             "quality": self.quality["name"],
             "kind": self.quality["kind"],
-            **found_by(goal, search, width),
+            **found_by(goal, search, width, self.quality["kind"]),
         }
 
 
-def found_by(goal: Goal, search: Search, width: float) -> dict[str, Any]:
+def found_by(goal: Goal, search: Search, width: float, kind: str) -> dict[str, Any]:
     """Return what a search found for one retention, and what it took, as plain data.
 
     Args:
         goal: What was found.
         search: The search, done.
         width: The width that was asked for.
+        kind: Kind of the quality.
     """
     found = goal.profile
-    path = [
-        {"strength": strength, "sparsity": column.sparsity, "items": len(column)}
-        for strength, column in search.columns.items()
-    ]
     return {
         "retention": goal.threshold.retention,
         "value": found.estimate if found else None,
@@ -131,11 +132,35 @@ def found_by(goal: Goal, search: Search, width: float) -> dict[str, Any]:
         "reason": None if found else _WITHOUT_ANSWER.get(goal.stopped),
         "stopped": goal.stopped,
         "width": width,
-        "items": goal.items,
+        "items": goal.items or (len(search.dense) if search.dense else 0),
         "items_available": search.limits.items,
         "evaluations": search.spent,
-        "path": path,
+        "dense": _dense(search, SCALES[kind].sign),
+        "path": [_step(search, goal.threshold, strength, kind) for strength in search.columns],
     }
+
+
+def _dense(search: Search, sign: int) -> dict[str, Any]:
+    if search.dense is None:
+        return {"value": None, "interval": None}
+    value, low, high = level_of(search.dense)
+    return {"value": sign * value, "interval": sorted([sign * low, sign * high])}
+
+
+def _step(search: Search, threshold: Threshold, strength: float, kind: str) -> dict[str, Any]:
+    """Return what one strength gave on the items that it was measured on, against dense."""
+    column, dense, sign = search.columns[strength], search.dense, SCALES[kind].sign
+    if dense is None:
+        raise RuntimeError("dense comes first")
+    points = margins(dense, [column], threshold)
+    top, wide = level_of(dense)[0], _Z * math.sqrt(points.covariance[-1, -1])
+    asked = math.log(threshold.retention) if threshold.logarithmic else (threshold.retention - 1) * top
+    heights = [top + asked + float(points.margin[-1]) + off for off in (0.0, -wide, wide)]
+    level, *ends = (sign * height for height in heights)
+    kept = [float(SCALES[kind].retention(own, sign * top)) for own in (level, *ends)]
+    shown = {"quality": level, "quality_interval": sorted(ends)}
+    shown |= {"retention": kept[0], "retention_interval": sorted(kept[1:])} if top or threshold.logarithmic else {}
+    return {"strength": strength, "sparsity": column.sparsity, "items": len(column), **shown}
 
 
 def open_cell(folder: Path) -> Cell:
@@ -168,6 +193,7 @@ def ends(search: Any) -> list[dict[str, Any]]:
         more = alone.get(repr([*(own[name] for name in _PLACED), own["rule_parameters"], own["retention"]]))
         spent = f"{own['evaluations']:,}" + (f" + {more:,} by layer" if more else "")
         ended = _STOPS.get(own["stopped"], str(own["stopped"])).format(100 * own["width"])
+        ended = ended if own["interval"] else ended.split(",")[0]
         named = {name: own[name] for name in _TOLD}
         rows.append({**named, "ended": ended, "evaluations": spent})
     last = {own["task"] for own in answers if "tasks" in own}

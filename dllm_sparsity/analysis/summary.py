@@ -101,12 +101,22 @@ def _curve(curve: Curve, judged: Judged) -> dict[str, Any]:
         "headline": curve.quality["name"] == curve.group.headline,
         "higher_is_better": curve.scale.sign > 0,
         "items": len(curve.keys),
-        "dense": {"value": dense.quality, "interval": dense.quality_interval},
+        "dense": _searched_from(curve) or {"value": dense.quality, "interval": dense.quality_interval},
         "critical": [own.told for own in curve.readings],
         "noise": vars(judged.noise) if judged.noise else None,
         "points": [_point(*both) for both in zip(curve.points, judged.verdicts, strict=True)],
         **_cost(curve.group.dense),
     }
+
+
+def _searched_from(curve: Curve) -> dict[str, Any] | None:
+    """Return the dense quality on the items that a search's answers rest on; the points of its curve have fewer."""
+    answers = [
+        own for own in curve.group.answers if own["quality"] == curve.quality["name"] and own["value"] is not None
+    ]
+    if not curve.group.is_searched or not answers:
+        return None
+    return max(answers, key=lambda own: own["items"]).get("dense")
 
 
 def _point(point: Point, verdict: Verdict | None) -> dict[str, Any]:

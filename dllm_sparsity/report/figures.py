@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ STATE_STYLES = {
 }
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")
+_TICKS = 10
 _MARGIN = {"l": 56, "r": 14, "t": 10, "b": 46}
 
 
@@ -86,7 +88,7 @@ def line_chart(
     shapes = [] if threshold is None else [_across(threshold)]
     layout: dict[str, Any] = {
         "margin": _MARGIN | ({"t": 34} if legend else {}),
-        "xaxis": _axis(x_title, x_percent, x_range),
+        "xaxis": _axis(x_title, x_percent, x_range) | _whole_ticks(lines),
         "yaxis": _axis(y_title, y_percent, y_range),
         "showlegend": legend,
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
@@ -210,6 +212,14 @@ def _axis(title: str, percent: bool, ends: tuple[float, float] | None) -> dict[s
     if ends is not None:
         axis["range"] = list(ends)
     return axis
+
+
+def _whole_ticks(lines: Sequence[Line]) -> dict[str, Any]:
+    """Return ticks at whole numbers, where all of a chart's places are such: there is no layer 0.5."""
+    places = [place for line in lines for place in line.x]
+    if not places or not all(isinstance(place, int) for place in places):
+        return {}
+    return {"tick0": 0, "dtick": max(1, math.ceil((max(places) - min(places)) / _TICKS))}
 
 
 def _across(height: float) -> dict[str, Any]:

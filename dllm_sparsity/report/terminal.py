@@ -11,7 +11,7 @@ from rich.text import Text
 
 from dllm_sparsity.analysis.amounts import amounts
 from dllm_sparsity.analysis.findings import allocation_findings, first_worse
-from dllm_sparsity.analysis.headline import headline
+from dllm_sparsity.analysis.headline import headline, without_answer
 from dllm_sparsity.analysis.searched import ends
 from dllm_sparsity.report import words
 
@@ -21,6 +21,9 @@ _AGAINST = (
     "First cell worse: by how much and at which sparsity, where the loss stays significant after Holm's correction."
     " Detectable: the least that the cell before it would have shown. Points of accuracy, or nats per token."
 )
+_NOTES = 3
+_FEW = 20
+"""Items below which a bootstrap of them is known to be too narrow."""
 _STYLES = {"autoregressive": "blue", "diffusion": "dark_orange3"}
 
 
@@ -71,13 +74,15 @@ def render(summary: dict[str, Any]) -> Group:
         tasks = {curve["task"] for curve in summary["curves"]}
         some = {own["task"]: own["tasks"] for own in summary["averages"] if len(own["tasks"]) < len(tasks)}
         explained += "".join(f" {name[:1].upper()}{name[1:]}: {', '.join(own)}." for name, own in some.items())
-    reasons = dict.fromkeys(
-        f"{row['task']}, {_SHORT.get(row['paradigm'], row['paradigm'])}: {row['reason']}"
-        + (": shown by NLL" if row["stands_in_for"] else "")
-        for row in rows
-        if row["reason"]
+    if few := {row["task"]: row["items"] for row in rows if row["items"] < _FEW}:
+        told = ", ".join(f"{task} ({items})" for task, items in few.items())
+        explained += f" On so few items an interval is rough: {told}."
+    reasons = without_answer(
+        (row["task"], _SHORT.get(row["paradigm"], row["paradigm"]), row["site"], _why(row)) for row in rows
     )
-    notes = [_text(f"note: {note}") for note in [*reasons, *summary["notes"][:3]]]
+    told, more = summary["notes"][:_NOTES], len(summary["notes"][_NOTES:])
+    told += [f"the report has {more} more note{'s'[: more - 1]}"] if more else []
+    notes = [_text(f"note: {note}") for note in [*reasons, *told]]
     if not rows:
         nothing = _text("no curve yet: a dense cell and a cell with a rule must both be finished")
         return Group(Padding(nothing, (0, 0, 1, 0)), *_ends(summary, several_rules), *notes)
@@ -95,6 +100,10 @@ def render(summary: dict[str, Any]) -> Group:
     )
 
 
+def _why(row: dict[str, Any]) -> str | None:
+    return row["reason"] and row["reason"] + (": shown by NLL" if row["stands_in_for"] else "")
+
+
 def _ends(summary: dict[str, Any], several_rules: bool) -> list[Padding]:
     """Return why each search stopped and what it took; nothing where there was none."""
     rows = ends(summary.get("search"))
@@ -102,7 +111,7 @@ def _ends(summary: dict[str, Any], several_rules: bool) -> list[Padding]:
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", expand=False)
     table.add_column("search", max_width=25, overflow="fold")
     table.add_column("", max_width=9, overflow="fold")
-    table.add_column("ended by", max_width=28, overflow="fold")
+    table.add_column("ended by (width in points)", max_width=31, overflow="fold")
     table.add_column("evaluations", justify="right", max_width=22, overflow="fold")
     task = None
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -73,7 +74,10 @@ def _write(path: Path, content: bytes) -> Path:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "choose a folder that you may write to") from error
+        hint = "choose a folder that you may write to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space, then run the same command again; all cells are kept"
+        raise UserError(f"cannot write {path}: {error.strerror}", hint) from error
     return path
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import headline, load, summary
+from dllm_sparsity.errors import UserError
 from dllm_sparsity.report import render, write_report
 
 
@@ -79,7 +80,11 @@ def test_the_quality_of_the_search_is_told_first(on_likelihood):
 def test_why_a_search_ended_is_told(on_likelihood):
     _, result = on_likelihood
     answers = json.loads((result.path / "search.json").read_text())["curves"]
-    words = {"width": "width of 30 reached", "items": "all items used", "budget": "budget spent"}
+    words = {
+        "width": "width of 30 reached",
+        "items": "all items used, above 30",
+        "budget": "budget spent, above 30",
+    }
     told, page = on_terminal(result.summary), result.report.read_text()
     assert "How the searches ended" in page
     for own in answers:
@@ -103,11 +108,55 @@ def test_a_budget_for_dense_alone_is_told(material, tmp_path):
     assert (answer["rule"], answer["value"], answer["evaluations"]) == ("top_p", None, 6)
 
 
-def test_an_unfinished_search_says_so_and_shows_its_own_quality(material, tmp_path):
+@pytest.fixture(scope="module")
+def on_accuracy(material, tmp_path_factory):
     study = make(material)  # on accuracy, which the embedded model has
     study["models"] = [{"paradigm": "autoregressive", "model": "embedded:autoregressive", "batch_size": 32}]
     study["tasks"] = [{"name": "easy_endings", "limit": 100}]
-    compare(study, tmp_path / "run")
+    return compare(study, tmp_path_factory.mktemp("accuracy") / "run")
+
+
+def test_every_strength_of_a_search_is_on_the_chart_with_its_items(on_accuracy):
+    (answer,) = json.loads((on_accuracy.path / "search.json").read_text())["curves"]
+    (curve,) = [curve for curve in on_accuracy.summary["curves"] if curve["headline"]]
+    assert len(answer["path"]) > len(curve["points"]) - 1  # some were measured on fewer items than the others
+    assert curve["dense"] == answer["dense"]
+    assert answer["dense"]["value"] == pytest.approx(next(iter(on_accuracy.table()))["dense"])
+    for step in answer["path"]:
+        low, high = step["quality_interval"]
+        assert low < step["quality"] < high
+        assert step["retention"] == pytest.approx(step["quality"] / answer["dense"]["value"])
+    counts = {step["items"] for step in answer["path"]}
+    assert f"n={min(counts)} to {curve['items']}." in on_accuracy.report.read_text()
+    joint = {point["strength"]: point for point in curve["points"]}
+    whole = [step for step in answer["path"] if step["items"] == answer["items"] and step["strength"] in joint]
+    for step in whole:
+        assert step["quality"] == pytest.approx(joint[step["strength"]]["quality"])
+
+
+def test_a_damaged_dense_block_is_left_out_with_all_that_was_paired_with_it(on_accuracy, tmp_path):
+    path = shutil.copytree(on_accuracy.path, tmp_path / "run")
+    first = cells_of(path, lambda parts: parts["rule"] is None and parts["block"][0] == 0)
+    assert len(cells_of(path, lambda parts: parts["rule"] is None)) > len(first) == 1
+    flip(first[0] / "samples.parquet")
+    found, page, told = again(path)
+    assert any(first[0].name in note for note in found["notes"])
+    assert first[0].name in page
+    assert "the answer of the search for" in told
+    assert all(curve["items"] < 100 for curve in found["curves"])
+
+
+@pytest.mark.parametrize("name", ["search.json", "plan.json"])
+def test_a_damaged_file_beside_the_cells_is_written_anew_by_compare(on_accuracy, tmp_path, name):
+    path = shutil.copytree(on_accuracy.path, tmp_path / "run")
+    (path / name).write_text("{")
+    with pytest.raises(UserError, match="cannot be used") as error:
+        write_report(path)
+    assert error.value.hint == "run dllm-sparsity compare again: it writes this file anew and keeps the cells"
+
+
+def test_an_unfinished_search_says_so_and_shows_its_own_quality(on_accuracy, tmp_path):
+    shutil.copytree(on_accuracy.path, tmp_path / "run")
     (tmp_path / "run" / "search.json").unlink()  # written when all searches are done
     found, page, told = again(tmp_path / "run")
     reason = "its search is not finished: dllm-sparsity compare goes on with it"

@@ -11,6 +11,7 @@ import pytest
 from test_analysis_run import achieved, seal, write_study
 
 from dllm_sparsity.analysis import curves_of, headline, load, summary
+from dllm_sparsity.analysis.headline import without_answer
 from dllm_sparsity.errors import UserError
 
 
@@ -79,6 +80,19 @@ def test_agreement_of_dense_with_itself_is_one(run_dir):
     own = [curve for curve in curves if curve.quality["kind"] == "agreement"]
     assert len(own) == 6
     assert all(curve.points[0].quality == 1.0 for curve in own)
+
+
+def test_what_lacks_an_answer_names_the_site_only_where_another_has_one():
+    told = without_answer(
+        [
+            ("piqa", "AR", "input", "at chance"),
+            ("piqa", "AR", "up", "at chance"),
+            ("arc", "AR", "input", None),
+            ("arc", "AR", "up", "budget spent"),
+            ("arc", "AR", "gate", "budget spent"),
+        ]
+    )
+    assert told == ["piqa, AR: at chance", "arc, AR, up and gate: budget spent"]
 
 
 def test_a_dense_accuracy_at_chance_has_no_critical_sparsity(run_dir):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.registry import get, names
 from dllm_sparsity.report import render, save_report, write_report
 from dllm_sparsity.report.data import from_run
+from dllm_sparsity.report.figures import Line, line_chart
 from dllm_sparsity.report.section import Section
 from dllm_sparsity.study.records import OVERLAP_COLUMNS
 
@@ -222,6 +225,43 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         save_report(reading(), Path(tmp_path / "file" / "page.html"))
+
+
+def test_a_full_disk_is_not_taken_for_a_folder_that_may_not_be_written(run_dir, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left") as error:
+        write_report(run_dir)
+    assert error.value.hint == "free some space, then run the same command again; all cells are kept"
+
+
+def test_ticks_of_layers_stand_at_whole_numbers():
+    layers = line_chart([Line("ar", [0, 1, 2, 3], [0.1, 0.2, 0.3, 0.4], "red")], "layer", "sparsity")
+    assert layers["layout"]["xaxis"]["dtick"] == 1
+    many = line_chart([Line("ar", list(range(80)), [0.1] * 80, "red")], "layer", "sparsity")
+    assert many["layout"]["xaxis"]["dtick"] == 8
+    shares = line_chart([Line("ar", [0.0, 0.5], [1.0, 0.9], "red")], "achieved sparsity", "kept", x_percent=True)
+    assert "dtick" not in shares["layout"]["xaxis"]
+
+
+@pytest.mark.parametrize(("items", "is_told"), [(8, True), (20, False)])
+def test_intervals_on_few_items_are_said_to_be_rough(tmp_path, items, is_told):
+    found = summary(load(write_study(tmp_path, items=items, strengths=(0.9,))), draws=20)
+    console = Console(width=80, record=True)
+    console.print(render(found))
+    assert (f"an interval is rough: arc_easy ({items})" in " ".join(console.export_text().split())) is is_told
+
+
+def test_notes_that_the_terminal_has_no_room_for_are_counted(tmp_path):
+    found = summary(load(write_study(tmp_path)))
+    console = Console(width=80, record=True)
+    console.print(render(found | {"notes": ["one", "two", "three", "four", "five"]}))
+    told = console.export_text()
+    assert "note: three" in told
+    assert "note: four" not in told
+    assert "note: the report has 2 more notes" in told
 
 
 def test_the_terminal_table_fits_80_columns_without_colour(tmp_path):

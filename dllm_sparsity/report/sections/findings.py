@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from dllm_sparsity.analysis.critical import DEFAULT_READING, READINGS
 from dllm_sparsity.analysis.findings import first_worse
-from dllm_sparsity.analysis.headline import order_of, reading_of
+from dllm_sparsity.analysis.headline import order_of, reading_of, without_answer
 from dllm_sparsity.analysis.searched import ends
 from dllm_sparsity.report import words
 from dllm_sparsity.report.data import ReportData
@@ -50,7 +50,9 @@ class Findings(Section):
             against=_against_dense(curves),
             share=" or ".join(f"{100 * own:g} %" for own in found["retentions_asked"]),
             reasons=sorted(
-                {f"{curve['task']}, {curve['model']}: {reason}" for curve in shown for reason in _why(found, curve)}
+                without_answer(
+                    (own["task"], own["model"], own["site"], why) for own in shown for why in _why(found, own) or [None]
+                )
             ),
         )
 
@@ -63,7 +65,7 @@ def _why(found: dict[str, Any], curve: dict[str, Any]) -> list[str]:
 def _dots(curves: list[dict[str, Any]], retention: float) -> Chart | None:
     several_rules = len({curve["rule"] for curve in curves}) > 1
     rows: dict[str, int] = {}
-    dots, lines = [], []
+    dots, lines, items = [], [], set[int]()
     for curve in curves:
         reading = reading_of(curve, DEFAULT_READING, retention)
         if reading["value"] is None:
@@ -71,7 +73,8 @@ def _dots(curves: list[dict[str, Any]], retention: float) -> Chart | None:
         rule = f", {curve['rule']}" if several_rules else ""
         place = f"{plain(curve['task'])}<br>{plain(curve['site'] + rule)}"
         told = words.critical(reading)
-        hover = f"{curve['paradigm']} ({curve['model']}): {told}, {curve['quality']}, n={curve['items']}"
+        count = reading.get("items", curve["items"])
+        hover = f"{curve['paradigm']} ({curve['model']}): {told}, {curve['quality']}, n={count}"
         dots.append(
             {
                 "row": rows.setdefault(place, len(rows)),
@@ -83,14 +86,16 @@ def _dots(curves: list[dict[str, Any]], retention: float) -> Chart | None:
             }
         )
         lines.append([curve["task"], curve["site"], curve["rule"], curve["paradigm"], curve["model"], told])
+        items.add(count)
     if not dots:
         return None
-    counts = sorted({curve["items"] for curve in curves})
+    counts = sorted(items)
     return Chart(
         f"Highest sparsity that keeps {100 * retention:g} % of the dense quality",
         "Further right is more sparsity at the same quality. A dot is the interpolated reading with its 95 % paired"
-        " bootstrap interval; a triangle means that no measured point fell below the threshold, so the true value is at"
-        f" least that. Headline quality of each task; {_between(counts)} items a curve.",
+        " bootstrap interval, or a search's answer with its own; a triangle means that no measured point fell below the"
+        " threshold, so the true value is at least that. Headline quality of each task;"
+        f" {_between(counts)} items a curve.",
         dot_chart(list(rows), dots, "achieved sparsity"),
         Table(["task", "site", "rule", "paradigm", "model", "critical sparsity"], lines, 5),
         height=80 + 52 * len(rows),
@@ -118,7 +123,7 @@ def _table(curves: list[dict[str, Any]], retentions: list[float]) -> Table:
                     curve["rule"],
                     *kept,
                     f"{value}{unit} {words.interval(dense['interval'], curve['kind'])}",
-                    str(curve["items"]),
+                    str(reading_of(curve, DEFAULT_READING, retention).get("items", curve["items"])),
                     words.number(curve.get("tokens_per_forward"), 2),
                     *(words.critical(reading_of(curve, name, retention)) for name in order),
                 ]
@@ -140,8 +145,8 @@ def _ends(found: dict[str, Any]) -> Table | None:
         ]
         for row in ends(found.get("search"))
     ]
-    columns = ["task", "site", "paradigm", "rule", "measure", "kept", "ended by", "evaluations", "items"]
-    return Table(columns, rows, 7) if rows else None
+    columns = ["task", "site", "paradigm", "rule", "measure", "kept", "ended by (width in points)"]
+    return Table([*columns, "evaluations", "items"], rows, 7) if rows else None
 
 
 def _against_dense(curves: list[dict[str, Any]]) -> Table:

@@ -31,7 +31,8 @@ class Quality(Section):
             data: What the page is made from.
         """
         means = _averages(data.summary) if data.summary else []
-        curves = [*data.summary["curves"], *means] if data.summary else []
+        own = [_with_path(own, data.summary.get("search")) for own in data.summary["curves"]] if data.summary else []
+        curves = [*own, *means]
         styles = _styles(curves)
         tasks = list(dict.fromkeys(curve["task"] for curve in curves))
         blocks = [(task, _panel(index, task, curves, styles)) for index, task in enumerate(tasks)]
@@ -46,6 +47,17 @@ def _averages(found: dict[str, Any]) -> list[Curve]:
         for own in found["averages"]
         if own["points"]
     ]
+
+
+def _with_path(curve: Curve, search: Any) -> Curve:
+    """Return a curve with what its search measured at other strengths, each on fewer items: for the chart alone."""
+    names = ("paradigm", "model", "task", "rule", "site", "quality")
+    answers = search.get("curves", []) if isinstance(search, dict) else []
+    path = next((own["path"] for own in answers if all(own[name] == curve[name] for name in names)), [])
+    known = {point["strength"] for point in curve["points"]}
+    more = [own for own in path if own["strength"] not in known and own.get("retention") is not None]
+    drawn = [*curve["points"], *(dict.fromkeys(_OF_CELLS) | {"dense": False} | own for own in more)]
+    return {**curve, "drawn": sorted(drawn, key=lambda point: point["sparsity"] or 0.0)}
 
 
 def _styles(curves: list[Curve]) -> dict[tuple[str, str], tuple[str, str, str]]:
@@ -77,7 +89,7 @@ def _panel(index: int, task: str, curves: list[Curve], styles: dict[tuple[str, s
 
 
 def _charts(curves: list[Curve], styles: dict[tuple[str, str], tuple[str, str, str]], relative: bool) -> list[Chart]:
-    points = [point for curve in curves for point in curve["points"]]
+    points = [point for curve in curves for point in _drawn(curve)]
     furthest = max((point["sparsity"] or 0.0 for point in points), default=1.0)
     value = "retention" if relative else "quality"
     ends = [end for point in points for end in point[f"{value}_interval"] if end is not None]
@@ -104,7 +116,7 @@ def _chart(
     lines = []
     for curve in curves:
         colour, dash, symbol = styles[curve["paradigm"], curve["model"]]
-        points = curve["points"]
+        points = _drawn(curve)
         lines.append(
             Line(
                 f"{curve['paradigm']} ({curve['model']})",
@@ -118,7 +130,7 @@ def _chart(
                 [_hover(curve, point) for point in points],
             )
         )
-    counts = ", ".join(dict.fromkeys(f"n={curve['items']}" for curve in curves))
+    counts = ", ".join(dict.fromkeys(_count(curve) for curve in curves))
     told = [
         f"{curve['paradigm']} {words.critical(reading_of(curve, 'interpolated', 0.99))}"
         for curve in curves
@@ -139,6 +151,15 @@ def _chart(
     return Chart(title, caption, figure, _table(curves), 300)
 
 
+def _drawn(curve: Curve) -> list[dict[str, Any]]:
+    return curve.get("drawn", curve["points"])
+
+
+def _count(curve: Curve) -> str:
+    counts = [point.get("items", curve["items"]) for point in _drawn(curve)]
+    return f"n={min(counts)}" + (f" to {max(counts)}" if min(counts) < max(counts) else "")
+
+
 def _kept(curve: Curve) -> str:
     return "likelihood per token" if curve["kind"] == "nll" else curve["quality"]
 
@@ -149,7 +170,7 @@ def _hover(curve: Curve, point: dict[str, Any]) -> str:
     told = f"; {point['words']}" if point["words"] else ""
     return (
         f"{curve['paradigm']} ({curve['model']}), {asked}: achieved {words.percent(point['sparsity'])}, {measured}"
-        f" {words.interval(point['quality_interval'], curve['kind'])}, n={curve['items']}{told}"
+        f" {words.interval(point['quality_interval'], curve['kind'])}, n={point.get('items', curve['items'])}{told}"
     )
 
 

@@ -67,7 +67,7 @@ def _cells(cells: list[dict[str, Any]]) -> Table:
 def _rule(cell: dict[str, Any]) -> str:
     if cell["dense"]:
         return f"dense, run {cell['replicate'] + 1}" if cell["replicate"] else "dense"
-    return f"{cell['rule']} {_cut(cell['rule_parameters'])}"
+    return f"{cell['rule']} {_cut(cell['rule_parameters'])}" if cell["rule_parameters"] else cell["rule"]
 
 
 def _cut(parameters: dict[str, Any]) -> str:
