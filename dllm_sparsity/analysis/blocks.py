@@ -66,7 +66,7 @@ def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
             whole += [] if _place(cell) in dense else [cell]
         elif cell.places == best[_curve(cell.record)].places:
             whole.append(cell)
-    return [_with_answers(cell, answers) for cell in whole]
+    return [searched_from(cell, answers) for cell in whole]
 
 
 def blocks_of(cells: Sequence[Cell]) -> list[JoinedCell]:
@@ -171,7 +171,13 @@ def _added(totals: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return added
 
 
-def _with_answers(cell: Cell, answers: Sequence[Answer]) -> Cell:
+def searched_from(cell: Cell, answers: Sequence[Answer]) -> Cell:
+    """Return a dense cell with what was searched from it; any other cell as it is.
+
+    Args:
+        cell: The cell.
+        answers: What search.json holds of each curve and retention.
+    """
     if not cell.record["dense"] or cell.record.get("replicate"):
         return cell
     own = tuple(answer for answer in answers if _place(cell) == tuple(answer[name] for name in _PLACE))

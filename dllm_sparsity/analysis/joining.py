@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dllm_sparsity.analysis.blocks import searched_from
 from dllm_sparsity.analysis.loading import Cell, Run
 from dllm_sparsity.errors import UserError
 
@@ -35,7 +36,7 @@ def join(runs: Sequence[Run], path: Path) -> Run:
     Raises:
         UserError: Two runs differ in a package that computes, a seed, a task, or a model of one name.
     """
-    first = runs[0]
+    first, search = runs[0], _search(runs)
     kept: dict[str, Cell] = {}
     seen: dict[tuple[str, ...], tuple[Run, dict[str, Any]]] = {}
     for run in runs:
@@ -43,15 +44,16 @@ def join(runs: Sequence[Run], path: Path) -> Run:
             for key, fields in _comparable(cell):
                 _same(key, *seen.setdefault(key, (run, fields)), run, fields)
             kept.setdefault(cell.record["fingerprint"], cell)
+    answers = search["curves"] if search else []  # whichever dense cell is used, it has those of all runs
     return Run(
         path=path,
-        cells=tuple(sorted(kept.values(), key=_order)),
+        cells=tuple(searched_from(cell, answers) for cell in sorted(kept.values(), key=_order)),
         unsealed=sum(run.unsealed for run in runs),
         damaged=tuple(f"{run.name}, {each}" for run in runs for each in run.damaged),
         unfounded=tuple(f"{run.name}, {each}" for run in runs for each in run.unfounded),
         config="\n".join(f"# {run.name}\n{run.config.strip()}\n" for run in runs),
         environment=first.environment,
-        search=_search(runs),
+        search=search,
     )
 
 

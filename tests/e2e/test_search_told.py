@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import headline, load, summary
+from dllm_sparsity.analysis.joining import join
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.report import render, write_report
 
@@ -132,6 +133,19 @@ def test_every_strength_of_a_search_is_on_the_chart_with_its_items(on_accuracy):
     whole = [step for step in answer["path"] if step["items"] == answer["items"] and step["strength"] in joint]
     for step in whole:
         assert step["quality"] == pytest.approx(joint[step["strength"]]["quality"])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_joined_run_keeps_the_answer_of_a_search_beside_a_grid(on_likelihood, material, tmp_path, order):
+    study, result = on_likelihood
+    grid = {name: own for name, own in study.items() if name != "search"}
+    grid["rules"] = [{"name": "top_p", "sites": ["input", "up"], "strengths": [0.9, 0.5]}]  # its dense cell comes first
+    runs = [load(result.path), load(compare(grid, tmp_path / "grid").path)]
+    found = summary(join(runs[::order], tmp_path / "joined"), draws=50)
+    answers = {own["retention"]: own["value"] for own in found["search"]["curves"]}
+    curve = next(curve for curve in found["curves"] if (curve["quality"], curve["site"]) == ("nll", "input"))
+    told = {own["retention"]: own["value"] for own in curve["critical"] if own["reading"] == "interpolated"}
+    assert answers == {at: told[at] for at in answers}
 
 
 def test_a_damaged_dense_block_is_left_out_with_all_that_was_paired_with_it(on_accuracy, tmp_path):
