@@ -35,6 +35,9 @@ def report(context: click.Context, runs: tuple[Path, ...], out: Path | None, fai
     else:
         from dllm_sparsity.analysis.joining import join
 
+        again = next((run for n, run in enumerate(runs) if run.resolve() in [own.resolve() for own in runs[:n]]), None)
+        if again is not None:
+            raise UserError(f"{again} is given twice", "give each run once")
         loaded = [load(run) for run in runs]
         place = out or Path("runs") / "+".join(dict.fromkeys(run.name for run in loaded))[:120]
         if (place / "cells").is_dir():

@@ -90,3 +90,9 @@ def test_a_report_of_several_is_not_written_into_a_run(runs):
     done = CliRunner().invoke(report, [str(runs / "one"), str(runs / "two"), "--out", str(runs / "three")])
     assert isinstance(done.exception, UserError)
     assert "is a run of its own" in done.exception.message
+
+
+def test_a_run_that_is_given_twice_is_named(runs):
+    done = CliRunner().invoke(report, [str(runs / "one"), str(runs / "two" / ".." / "one"), "--out", str(runs / "new")])
+    assert isinstance(done.exception, UserError)
+    assert done.exception.message.endswith("one is given twice")
