@@ -166,14 +166,20 @@ class Searches:
             self.answers += (yield from search(rule, site)).answers
 
     def _curve(
-        self, model: ModelConfig, spec: TaskSpec, items: int, rule: RuleConfig, site: str
+        self,
+        model: ModelConfig,
+        spec: TaskSpec,
+        items: int,
+        rule: RuleConfig,
+        site: str,
+        shares: Sequence[float] = LADDER,
     ) -> Generator[Cell, Path, Searched]:
         asked = self.study.search
         if asked is None:
             raise RuntimeError("a study without a search has no loops")
         curve = yield from self._open(model, spec, items, rule, site)
         limits = Limits(asked.width, items, asked.budget)
-        search = Search(ladder_of(rule), [curve.threshold(own) for own in asked.retentions], limits)
+        search = Search(ladder_of(rule, shares), [curve.threshold(own) for own in asked.retentions], limits)
 
         def measured(ask: Ask) -> Generator[Cell, Path, Column]:
             cell = block_cell(self.study, model, spec, (rule, site), ask.strength)
@@ -268,11 +274,12 @@ def _write_json(path: Path, data: Any) -> None:
         draft.replace(path)
 
 
-def ladder_of(rule: RuleConfig) -> list[float]:
+def ladder_of(rule: RuleConfig, shares: Sequence[float] = LADDER) -> list[float]:
     """Return strengths from dense to the sparsest there is, a few steps apart.
 
     Args:
         rule: The rule; one whose range has no end needs strengths.
+        shares: Shares of the way, from 0 to 1.
 
     Raises:
         UserError: The range has no end and no strengths are given.
@@ -288,4 +295,4 @@ def ladder_of(rule: RuleConfig) -> list[float]:
             )
         return [kind.dense, *sorted(set(rule.strengths), reverse=kind.denser_upwards)]
     last = 0.99 if kind.open_low and end == kind.low else 1.0
-    return [round(kind.dense + share * (end - kind.dense), 6) for share in (*LADDER[:-1], last)]
+    return [round(kind.dense + share * (end - kind.dense), 6) for share in (*shares[:-1], last)]

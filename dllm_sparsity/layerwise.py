@@ -28,6 +28,9 @@ from dllm_sparsity.study.plan import Cell, block_cell, probe_cell, with_block
 
 NAME = "layerwise"
 MOST_GROUPS = 12
+LADDER = (0.0, 0.05, 0.15, 0.3, 0.5, 0.75, 0.875, 0.9375, 1.0)
+"""Rungs of the search along the path. Its steps are even in what is dropped, so what is kept halves near the end: with
+no rung between a quarter kept and nothing, a crossing there would be guessed over a gap."""
 Loop = Generator[Cell, Path, Searched]
 
 
@@ -52,12 +55,12 @@ class Place:
     site: str
 
 
-def allocated(place: Place, search: Callable[[RuleConfig, str], Loop]) -> Generator[Cell, Path, list[Answer]]:
+def allocated(place: Place, search: Callable[..., Loop]) -> Generator[Cell, Path, list[Answer]]:
     """Search with one strength for all layers, allocate strengths to layers, and search along the allocation.
 
     Args:
         place: Where.
-        search: Makes the search of a rule and a site.
+        search: Makes the search of a rule and a site, up a ladder of one's own if that is given.
 
     Returns:
         The answers of both searches; those of the first hold what the second came to beside it.
@@ -83,7 +86,7 @@ def allocated(place: Place, search: Callable[[RuleConfig, str], Loop]) -> Genera
         return _without(plain.answers, _too_few(place, probed, cells))
     probes = yield from _probe(place, plain.curve, (groups, strengths, probed), counts)
     rule = _rule(place, probes.found, plain.search.ladder)
-    path = _Watched(search(rule, place.site))
+    path = _Watched(search(rule, place.site, LADDER))
     along = yield from path.run()
     for index, answer in enumerate(plain.answers):
         difference = compared(plain, along, index)

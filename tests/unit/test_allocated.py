@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from dllm_sparsity.analysis.allocated import Searched, compared, nearest_strength, overlap_words, sensitivity
+from dllm_sparsity import layerwise
+from dllm_sparsity.analysis.allocated import (
+    Searched,
+    compared,
+    nearest_strength,
+    overlap_words,
+    sensitivity,
+)
 from dllm_sparsity.analysis.allocation import allocate, path_of, strengths_at, targets
 from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.findings import allocation_findings
@@ -57,8 +65,17 @@ class World:
         return (lost / self.scales.sum()) ** (1 / POWER), float(spent(low).mean())
 
 
-def search(world, places_at, width=0.01):
-    made = Search(LADDER, [ASKED], Limits(width, ITEMS))
+class Cliff(World):
+    """A world that loses everything where hardly anything is kept."""
+
+    def column(self, places, start, stop, layers=None):
+        own = super().column(places, start, stop, layers)
+        fallen = 3.5 * max(float(np.mean(places)) - 0.94, 0.0) / 0.06
+        return replace(own, height=own.height - own.weight * fallen)
+
+
+def search(world, places_at, width=0.01, ladder=LADDER, items=ITEMS):
+    made = Search(ladder, [ASKED], Limits(width, items))
     asks = made.run()
     try:
         ask = next(asks)
@@ -147,6 +164,16 @@ def test_two_searches_without_shared_points_are_not_paired():
     assert told["value"] == pytest.approx(0, abs=1e-9)
     assert told["interval"][0] < 0 < told["interval"][1]
     assert "unpaired" in told["words"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_crossing_near_the_end_of_the_path_is_not_guessed_over_a_gap(seed):
+    world = Cliff([0.05, 0.05], seed=seed, noise=0.1)
+    true, _ = world.best()
+    found = search(world, lambda t: [t, t], width=0.15, ladder=layerwise.LADDER, items=64)
+    low, high = found.answers[0]["interval"]
+    assert true == pytest.approx(0.9, abs=0.02)
+    assert low < true < high
 
 
 def test_items_that_chose_and_judged_are_counted():
