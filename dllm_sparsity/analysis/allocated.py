@@ -13,7 +13,7 @@ import pyarrow as pa
 from dllm_sparsity.analysis.arrow import pc
 from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.loading import Cell
-from dllm_sparsity.analysis.profile import profile
+from dllm_sparsity.analysis.profile import Profile, profile
 from dllm_sparsity.analysis.qualities import SCALES
 from dllm_sparsity.analysis.search import Goal, Search
 from dllm_sparsity.analysis.searched import SearchedCurve
@@ -22,7 +22,9 @@ from dllm_sparsity.analysis.statistics import group_sums
 from dllm_sparsity.analysis.steps import counted, sparsity_by
 
 Answer = dict[str, Any]
-DRAWS, SEED = 1000, 0
+DRAWS, SEED = 400, 0
+_Read = tuple[float, float, float]
+"""A value, and the ends of its interval."""
 _PART = 8
 """Part of the items on which a strength must have been measured for its sparsity by layer to be told."""
 _MAY_NOT_CROSS = 0.025
@@ -134,37 +136,79 @@ def compared(uniform: Searched, allocated: Searched, index: int) -> Answer:
         allocated: The search along the path.
         index: Which retention.
     """
-    goals, answers = [(own.search.goals[index], own.answers[index]) for own in (uniform, allocated)], []
-    answers = [answer for _, answer in goals]
+    goals, answers = zip(*((own.search.goals[index], own.answers[index]) for own in (uniform, allocated)), strict=True)
     if any(answer["value"] is None for answer in answers):
         return {"value": None, "interval": None, "paired": False, "words": "one of the two searches has no answer"}
     if any(answer["censored"] for answer in answers):
         words = "one of the two curves never fell below the threshold, so their difference is not known"
         return {"value": None, "interval": None, "paired": False, "words": words}
-    items = min(goal.items for goal, _ in goals)
-    drawn = _drawn((uniform.search, allocated.search), goals[0][0].threshold, items)
-    if drawn is not None:
-        value, low, high = float(drawn[0]), *(float(end) for end in np.quantile(drawn[1:], [0.025, 0.975]))
+    items = min(goal.items for goal in goals)
+    shared = _shared((uniform.search, allocated.search), goals[0].threshold, items)
+    if shared is not None:
+        few, alike = shared
+        found = [
+            goal.profile if goal.items == items and goal.profile else own for goal, own in zip(goals, few, strict=True)
+        ]
+        value, low, high = _difference([_read(own) for own in found], alike * _from_items(found))
         how = f"paired on {items:,} items that both searches measured"
     else:
-        first, second = answers
-        value = second["value"] - first["value"]
-        low = value - math.hypot(second["value"] - second["interval"][0], first["interval"][1] - first["value"])
-        high = value + math.hypot(second["interval"][1] - second["value"], first["value"] - first["interval"][0])
+        alone = [(own["value"], own["interval"][0], own["interval"][1]) for own in answers]
+        value, low, high = _difference(alone, 0.0)
         how = "unpaired: from the two intervals"
     told = f"{100 * value:+.1f} points of sparsity, 95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {how}"
     verdict = "better than uniform" if low > 0 else "worse than uniform" if high < 0 else "not told from uniform"
     return {
         "value": value,
         "interval": [low, high],
-        "paired": drawn is not None,
+        "paired": shared is not None,
         "items": items,
         "words": f"{verdict} ({told})",
     }
 
 
-def _drawn(searches: tuple[Search, Search], threshold: Threshold, items: int) -> np.ndarray | None:
-    """Return the difference of both crossings on shared items, then on bootstrap samples of them."""
+def _difference(answers: Sequence[_Read], correlation: float) -> _Read:
+    """Return the difference of two answers with its interval, from those of both and how their errors go together.
+
+    Args:
+        answers: What is taken off, and what it is taken off from: each with its 95 % interval.
+        correlation: Of their errors.
+
+    Source: Zou 2007, Toward using confidence intervals to compare correlations, for the limits of a difference of two
+        dependent estimates from those of each; Zou and Donner 2008, Construction of confidence limits about effect
+        measures: a general approach.
+    """
+    (one, low, high), (two, least, most) = answers
+
+    def half(first: float, second: float) -> float:
+        return math.sqrt(max(first**2 + second**2 - 2 * correlation * first * second, 0.0))
+
+    value = two - one
+    return value, value - half(high - one, two - least), value + half(one - low, most - two)
+
+
+def _read(found: Profile) -> _Read:
+    low, high = found.interval
+    return found.estimate, low, high
+
+
+def _from_items(found: Sequence[Profile]) -> float:
+    """Return the part of two crossings' errors that comes from the items, as a factor of their correlation.
+
+    The other part is what a curve may do between the strengths that were measured: no sample of the items shows it, and
+    two curves do not share it.
+    """
+    parts = [
+        [np.interp(own.estimate, own.curve.mesh, line) for line in (own.curve.noise, own.curve.error)] for own in found
+    ]
+    return float(np.prod([min(noise / error, 1.0) if error > 0 else 0.0 for noise, error in parts]))
+
+
+def _shared(searches: tuple[Search, Search], threshold: Threshold, items: int) -> tuple[list[Profile], float] | None:
+    """Return both curves on shared items, and how their crossings correlate over bootstrap samples of these.
+
+    Returns:
+        None where too many samples have no crossing.
+    """
     curves = [search.measured(items) for search in searches]
     rng, missed, found = np.random.default_rng(SEED), np.zeros(2), []
     members = _members(curves[0][0])
@@ -177,8 +221,11 @@ def _drawn(searches: tuple[Search, Search], threshold: Threshold, items: int) ->
             columns = [own for own in columns if len(own)]
             profiles.append(profile(dense.drawn(chosen), columns, threshold, search.ended))
         missed += [not own.crosses for own in profiles]
-        found.append(profiles[1].estimate - profiles[0].estimate)
-    return np.array(found) if (missed <= _MAY_NOT_CROSS * DRAWS).all() else None
+        found.append(profiles)
+    if (missed > _MAY_NOT_CROSS * DRAWS).any():
+        return None
+    drawn = np.array([[own.estimate for own in profiles] for profiles in found[1:]])
+    return found[0], float(np.corrcoef(drawn.T)[0, 1]) if drawn.std(0).all() else 0.0
 
 
 def _members(dense: Column) -> list[np.ndarray]:

@@ -22,6 +22,7 @@ from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.findings import allocation_findings
 from dllm_sparsity.analysis.grouping import groups_of
 from dllm_sparsity.analysis.loading import Cell
+from dllm_sparsity.analysis.profile import profile
 from dllm_sparsity.analysis.search import LADDER, Limits, Search
 from dllm_sparsity.analysis.slopes import slopes_of
 from dllm_sparsity.sparsity.rules.layerwise import Layerwise
@@ -174,6 +175,31 @@ def test_a_crossing_near_the_end_of_the_path_is_not_guessed_over_a_gap(seed):
     low, high = found.answers[0]["interval"]
     assert true == pytest.approx(0.9, abs=0.02)
     assert low < true < high
+
+
+def test_what_a_curve_does_between_far_points_is_part_of_the_difference():
+    world = World([1.0, 1.0], noise=0.0)  # hardly an item differs from the others: samples of them move nothing
+    uniform, other = (search(world, lambda s: [s, s], width=0.02) for _ in range(2))
+    goal = other.search.goals[0]
+    other.search.columns = {at: world.column([at, at], 0, goal.items) for at in (0.1, 0.2, 0.3, 1.0)}
+    dense, sparse = other.search.measured(goal.items)
+    goal.profile = profile(dense, sparse, ASKED, ended=True)
+    low, high = goal.profile.interval
+    other.answers[0] |= {"value": goal.profile.estimate, "interval": [low, high]}
+    told = compared(uniform, other, 0)
+    assert told["paired"]
+    assert told["value"] == pytest.approx(goal.profile.estimate - uniform.answers[0]["value"], abs=0.01)
+    least = 0.9 * (high - low - 2 * np.diff(uniform.answers[0]["interval"])[0])
+    assert np.diff(told["interval"])[0] > least > 0.05
+
+
+def test_pairing_takes_away_what_the_items_share():
+    world = World([0.5, 1.5], noise=0.0)
+    first, second = search(world, lambda s: [s, s]), search(world, lambda s: [min(1.0, 1.2 * s), 0.95 * s])
+    told = compared(first, second, 0)
+    alone = np.hypot(*(np.diff(own.answers[0]["interval"])[0] for own in (first, second)))
+    assert told["paired"]
+    assert np.diff(told["interval"])[0] < 0.8 * alone
 
 
 def test_items_that_chose_and_judged_are_counted():
