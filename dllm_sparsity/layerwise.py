@@ -18,6 +18,7 @@ from dllm_sparsity.analysis.allocated import (
     overlap_words,
     sensitivity,
     smooth_quality,
+    strength_at,
 )
 from dllm_sparsity.analysis.allocation import allocate, path_of, strengths_at, targets
 from dllm_sparsity.analysis.searched import SearchedCurve, open_cell
@@ -96,6 +97,7 @@ def allocated(place: Place, search: Callable[..., Loop]) -> Generator[Cell, Path
             **{name: along.answers[index][name] for name in ("value", "interval", "censored", "reason", "items")},
             "difference": difference,
             "rule": {"name": NAME, "parameters": rule.parameters},
+            "strength": strength_at(along.search, along.answers[index]["value"]),
             "by_layer": _by_layer(place, (uniform, path), (plain, along), index),
             "sensitivities": [vars(own) for own in probes.found],
             "sensitivity_quality": probes.quality,

@@ -235,6 +235,20 @@ def _members(dense: Column) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 
 
+def strength_at(search: Search, sparsity: float | None) -> float | None:
+    """Return the strength that gives a sparsity, on a straight line between those that were measured.
+
+    Args:
+        search: The search, done.
+        sparsity: An answer of it; None where there is none.
+    """
+    if sparsity is None or search.dense is None:
+        return None
+    known = sorted([(search.dense.sparsity, search.ladder[0]), *((c.sparsity, at) for at, c in search.columns.items())])
+    places, strengths = zip(*known, strict=True)
+    return round(float(np.interp(sparsity, places, strengths)), 5)
+
+
 def nearest_strength(search: Search, goal: Goal) -> float | None:
     """Return the strength nearest the crossing of those that were measured on a good part of the items.
 

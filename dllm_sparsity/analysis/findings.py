@@ -51,7 +51,8 @@ def _allocation_sentence(uniform: dict[str, Any], own: dict[str, Any]) -> str:
         + f"{percent(each['value'])} % [{', '.join(percent(end) for end in each['interval'])}]"
         for each in (own, uniform)
     ]
-    reached = f"strengths by layer reach {both[0]} sparsity, one strength {both[1]}"
+    at = "" if own.get("strength") is None else f" at t = {own['strength']:.4g}"
+    reached = f"strengths by layer reach {both[0]} sparsity{at}, one strength {both[1]}"
     return f"{place}, {share}: {reached}: {own['difference']['words']}; {own['sharing']}."
 
 

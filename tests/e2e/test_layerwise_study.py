@@ -1,18 +1,23 @@
 """An allocation by layer on a model two of whose FFNs do nothing: it finds them, beats one strength, and is resumed."""
 
+import html
 import json
+import re
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from dllm_sparsity import compare
+from dllm_sparsity import Layerwise, compare, sparsify
 from dllm_sparsity.analysis import load
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.engines import runner
 from dllm_sparsity.study.models import make_rule, resolve
 
 IDLE = (1, 3)
+ENDS = ((max, -1), (min, 1))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +104,30 @@ def test_what_was_found_is_a_rule_for_ones_own_code(finished):
     at = own["by_layer"]["allocated"]
     rule = make_rule(own["rule"]["name"], at["strength"], own["rule"]["parameters"])
     assert {str(layer): rule.at(layer).strength for layer in range(5)} == at["strengths"]
+
+
+def test_its_strength_lies_between_those_measured_beside_the_answer(finished):
+    own = searched(finished)[0]["allocation"]
+    path = {each["strength"]: each["sparsity"] for each in searched(finished)[1]["path"]}
+    nearest = [f(at for at, place in path.items() if (place - own["value"]) * sign >= 0) for f, sign in ENDS]
+    assert nearest[0] <= own["strength"] <= nearest[1]
+
+
+def test_the_line_of_the_report_can_be_pasted(finished, study):
+    own = finished.summary["search"]["curves"][0]["allocation"]
+    lines = re.findall("<pre[^>]*>(.*?)</pre>", finished.report.read_text(), re.DOTALL)
+    (line,) = [html.unescape(text) for text in lines if text.startswith("sparsify(")]
+    model = AutoModelForCausalLM.from_pretrained(study["models"][0]["model"])
+    with eval(line, {"sparsify": sparsify, "Layerwise": Layerwise, "model": model}) as tracker, torch.no_grad():
+        model(torch.arange(40)[None] % 30)
+    read = tracker.read()
+    assert read.sparsity() == pytest.approx(own["value"], abs=0.1)
+    given = {}
+    eval(
+        line,
+        {"sparsify": lambda model, rule, **more: given.update(more, rule=rule), "Layerwise": Layerwise, "model": 0},
+    )
+    assert given == {"rule": Layerwise(own["strength"], **own["rule"]["parameters"]), "sites": "intermediate"}
 
 
 def test_a_resumed_run_gives_the_same(study, finished, monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from dllm_sparsity.analysis.allocated import (
     nearest_strength,
     overlap_words,
     sensitivity,
+    strength_at,
 )
 from dllm_sparsity.analysis.allocation import allocate, path_of, strengths_at, targets
 from dllm_sparsity.analysis.column import Column, Threshold
@@ -200,6 +201,12 @@ def test_pairing_takes_away_what_the_items_share():
     alone = np.hypot(*(np.diff(own.answers[0]["interval"])[0] for own in (first, second)))
     assert told["paired"]
     assert np.diff(told["interval"])[0] < 0.8 * alone
+
+
+def test_the_strength_of_an_answer_lies_between_those_measured():
+    found = search(World([1.0, 1.0]), lambda s: [s, s])  # here a strength is its sparsity
+    assert strength_at(found.search, found.answers[0]["value"]) == pytest.approx(found.answers[0]["value"], abs=1e-5)
+    assert strength_at(found.search, None) is None
 
 
 def test_items_that_chose_and_judged_are_counted():

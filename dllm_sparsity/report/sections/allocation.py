@@ -10,7 +10,7 @@ from dllm_sparsity.analysis.findings import allocation_findings
 from dllm_sparsity.report import words
 from dllm_sparsity.report.data import ReportData
 from dllm_sparsity.report.figures import OTHER_COLOUR, PARADIGM_COLOURS, Line, line_chart
-from dllm_sparsity.report.panel import Chart, Option, Panel, Table
+from dllm_sparsity.report.panel import Chart, Option, Panel, Table, template
 from dllm_sparsity.report.section import Section
 
 
@@ -22,7 +22,7 @@ class Allocation(Section):
     needs: ClassVar[tuple[str, ...]] = ("summary",)
 
     def render(self, data: ReportData) -> Markup:
-        """Return one panel: a choice for each curve that was searched with strengths by layer.
+        """Return a panel, a choice for each curve with strengths by layer, and each rule as a line of Python.
 
         Args:
             data: What the page is made from.
@@ -36,7 +36,26 @@ class Allocation(Section):
             )
             for own in told
         ]
-        return Panel("allocation", "Curve", options, wide=True).html() if options else Markup("")
+        if not options:
+            return Markup("")
+        rules = [
+            (option.label, pasted(own))
+            for option, own in zip(options, told, strict=True)
+            if own["allocation"].get("strength") is not None  # an older run has none
+        ]
+        return template("allocation.html", panel=Panel("allocation", "Curve", options, wide=True).html(), rules=rules)
+
+
+def pasted(answer: dict[str, Any]) -> str:
+    """Return the line of Python that puts an allocation on a model.
+
+    Args:
+        answer: An answer of search.json that has an allocation.
+    """
+    own = answer["allocation"]
+    settings = ", ".join(f"{name}={value!r}" for name, value in own["rule"]["parameters"].items())
+    where = f"sites={answer['site']!r}" + ("" if answer["layers"] is None else f", layers={answer['layers']!r}")
+    return f"sparsify(model, Layerwise({own['strength']!r}, {settings}), {where})"
 
 
 def _told(data: ReportData) -> list[dict[str, Any]]:
