@@ -33,12 +33,20 @@ def allocation_findings(search: Any) -> list[str]:
     """Return one sentence for each allocation by layer that a search looked for.
 
     Args:
-        search: What search.json holds, or None; of several retentions the default one is told.
+        search: What search.json holds, or None; of several retentions the default one is told, and of the others those
+            at which the allocation is better or worse than one strength.
     """
     answers = search.get("curves", []) if isinstance(search, dict) else []
     default = [answer for answer in answers if answer["retention"] == DEFAULT_RETENTION]
-    told = [answer for answer in default or answers if "allocation" in answer]
-    return [_allocation_sentence(answer, answer["allocation"]) for answer in told]
+    others = [answer for answer in answers if answer["retention"] != DEFAULT_RETENTION]
+    told = [*default, *(answer for answer in others if not default or _is_told_apart(answer))]
+    return [_allocation_sentence(answer, answer["allocation"]) for answer in told if "allocation" in answer]
+
+
+def _is_told_apart(answer: dict[str, Any]) -> bool:
+    """Tell whether the interval of what an allocation gained, or lost, leaves out zero."""
+    interval = answer.get("allocation", {}).get("difference", {}).get("interval")
+    return interval is not None and not interval[0] <= 0 <= interval[1]
 
 
 def _allocation_sentence(uniform: dict[str, Any], own: dict[str, Any]) -> str:

@@ -237,6 +237,27 @@ def test_a_search_without_an_allocation_says_why():
     ]
 
 
+def answered(retention, low, high):
+    return {
+        **{"task": "t", "rule": "top_p", "site": "input", "paradigm": "diffusion", "model": "m", "kind": "nll"},
+        **{"retention": retention, "quality": "nll", "value": 0.5, "interval": [0.4, 0.6], "censored": False},
+        "allocation": {
+            **{"value": 0.6, "interval": [0.5, 0.7], "censored": False, "strength": 0.61234, "sharing": "s"},
+            "difference": {"interval": [low, high], "words": "d"},
+        },
+    }
+
+
+def test_other_retentions_are_told_where_they_differ():
+    answers = [answered(0.9, -0.1, 0.1), answered(0.95, 0.01, 0.1), answered(0.98, -0.2, -0.1)]
+    default, unknown = answered(0.99, -0.1, 0.1), answered(0.8, 0.0, 0.0)
+    unknown["allocation"]["difference"]["interval"] = None
+    told = allocation_findings({"curves": [*answers, unknown, default]})
+    assert [words.partition("keeping ")[2][:4] for words in told] == ["99 %", "95 %", "98 %"]
+    assert "reach 60.0 % [50.0, 70.0] sparsity at t = 0.6123, one strength 50.0 %" in told[0]
+    assert len(allocation_findings({"curves": answers})) == 3  # none is the default one
+
+
 def cell(paradigm, **more):
     record = {"paradigm": paradigm, "model": "m", "task": "t", "dense": not more, "rule": None, "layers": None}
     return Cell(Path(), cast("Any", {**record, "strength": 0.5, "site": "input", "rule_parameters": {}, **more}))
