@@ -51,6 +51,12 @@ def _waves(s: np.ndarray) -> np.ndarray:
     return 0.02 * x + 0.01 * np.sin(12 * x) * np.minimum(x / 0.2, 1)
 
 
+def _cliff(s: np.ndarray) -> np.ndarray:
+    """Lose nearly nothing for long, then all at once."""
+    x = sparsity_at(s)
+    return 0.003 * x + 60.0 * np.maximum(x - 0.82, 0) ** 2
+
+
 WORLDS = (
     World("accuracy, monotone", "accuracy", _power(1.5, 5), 4000),
     World("accuracy, steep", "accuracy", _power(60.0, 8), 4000, flips=0.1),
@@ -153,4 +159,6 @@ WORLDS = (
         ),
         held_out=True,
     ),
+    World("accuracy, cliff", "accuracy", _scaled(_cliff, 2), 4000, skill=0.5, held_out=True),
+    World("NLL, cliff", "nll", _cliff, 1000, held_out=True),
 )
