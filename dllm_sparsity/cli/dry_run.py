@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dllm_sparsity.cli.dry_run_table import duration, short, table
+
 if TYPE_CHECKING:
     from dllm_sparsity.cli.gate import Gate
     from dllm_sparsity.study.config import StudyConfig
@@ -50,7 +52,7 @@ def dry_run(config: StudyConfig, as_json: bool, engine: Engine, gate: Gate | Non
         from dllm_sparsity.cli.gate import unknown_ahead
 
         found.problems += unknown_ahead(gate, config, dict.fromkeys(part.task for part in found.parts))
-    command = _command()
+    command = None if found.problems else _command()
     if as_json:
         click.echo(json.dumps(_plain(found, config, command, engine, workers), allow_nan=False))
         return not found.problems
@@ -58,12 +60,13 @@ def dry_run(config: StudyConfig, as_json: bool, engine: Engine, gate: Gate | Non
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(_table(found.parts))
+    console.print(table(found.parts, console.width))
     for line in _lines(found, config, engine, workers):
         console.print(Text(line))
     for problem in found.problems:
         console.print(Text(f"problem: {problem}", style="red"), soft_wrap=True)
-    console.print(Text(f"\nnothing was run or written; to run it: {command}"), soft_wrap=True)
+    last = "put right what is said above" if command is None else f"to run it: {command}"
+    console.print(Text(f"\nnothing was run or written; {last}"), soft_wrap=True)
     return not found.problems
 
 
@@ -90,7 +93,9 @@ def _command() -> str:
     return shlex.join(["dllm-sparsity", *(part for part in sys.argv[1:] if part not in ("--dry-run", "--json"))])
 
 
-def _plain(found: DryRun, config: StudyConfig, command: str, engine: Engine, workers: int | None) -> dict[str, Any]:
+def _plain(
+    found: DryRun, config: StudyConfig, command: str | None, engine: Engine, workers: int | None
+) -> dict[str, Any]:
     from dataclasses import asdict
 
     totals = _totals(found.parts)
@@ -117,9 +122,8 @@ def _totals(parts: list[Part]) -> dict[str, float | None]:
     def total(values: list[Any]) -> Any:
         return None if any(value is None for value in values) else sum(values)
 
-    forwards = [None if part.work is None else part.work.forwards * part.passes for part in parts]
     return {
-        "forwards": total(forwards),
+        "forwards": total([part.forwards for part in parts]),
         "ffn_flops": total([part.ffn_flops for part in parts]),
         "flops": total([part.flops for part in parts]),
         "disk": total([part.disk if part.work else None for part in parts]),
@@ -147,52 +151,27 @@ def _saved(found: DryRun, config: StudyConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def _table(parts: list[Part]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    table.add_column("task", overflow="fold", min_width=9)
-    for name in ("cells", "items", "forwards", "FLOPs", "FFN", "GB", "hours"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
-    for part in parts:
-        work = part.work
-        bound = "<=" if work is not None and work.bounded else ""
-        share = part.ffn_flops / part.flops if part.ffn_flops and part.flops else None
-        cells = [
-            "-" if work is None else f"{work.items:,}",
-            "-" if work is None else f"{bound}{_short(work.forwards * part.passes)}",
-            "-" if part.flops is None else f"{bound}{_short(part.flops)}",
-            "-" if share is None else f"{share:.0%}",
-            "-" if part.peak is None else f"{max(part.measured_peak or 0, part.peak) / 1e9:.2g}",
-            "-" if part.seconds is None else f"{bound}{_hours(part.seconds)}",
-        ]
-        task = part.task.rsplit("/", 1)[-1]
-        titles = [part.model, task, f"{part.cells:,}"]
-        table.add_row(*(Text("".join(sign for sign in cell if sign.isprintable())) for cell in [*titles, *cells]))
-    return table
-
-
 def _lines(found: DryRun, config: StudyConfig, engine: Engine, workers: int | None) -> Iterator[str]:
     totals = _totals(found.parts)
-    known = {name: "not known" if value is None else _short(value) for name, value in totals.items()}
+    known = {name: "not known" if value is None else short(value) for name, value in totals.items()}
+    searched = sum(part.searched for part in found.parts)
+    cells = [f"{found.cells:,}"] if found.cells or not searched else []
+    cells += [f"about {searched:,} of searches, each on a block of items"] if searched else []
     yield (
-        f"cells: {found.cells:,}; forward passes: {known['forwards']}; dense FLOPs: {known['flops']}, "
+        f"cells: {', and '.join(cells)}; forward passes: {known['forwards']}; dense FLOPs: {known['flops']}, "
         f"of these in FFNs: {known['ffn_flops']}; <= where an early end can make it less"
     )
     for name, model in found.models.items():
         flops = "FLOPs not known: how many experts a token passes is not told"
         if model["flops"]:
             share = model["ffn_flops"] / model["flops"]
-            flops = f"{_short(model['flops'])} dense FLOPs a token, {share:.0%} of them in FFNs"
+            flops = f"{short(model['flops'])} dense FLOPs a token, {share:.0%} of them in FFNs"
         yield f"{name}: {model['weights'] / 1e9:.3g} GB of weights, {flops}"
     if totals["seconds"] is not None:
         yield _time(totals["seconds"], found, engine, workers)
     disk = sum(part.disk for part in found.parts)
     at_least = "" if totals["disk"] is not None else "at least "
-    yield f"estimated disk: {at_least}{_short(disk)}B" if disk else "estimated disk: not known"
+    yield f"estimated disk: {at_least}{short(disk)}B" if disk else "estimated disk: not known"
     yield "GB: estimated peak of weights, activations, logits and cache; on a GPU at least that of the timed steps"
     yield from _shares(_saved(found, config))
     items = {part.task: part.detectable for part in found.parts if part.detectable is not None}
@@ -204,7 +183,7 @@ def _lines(found: DryRun, config: StudyConfig, engine: Engine, workers: int | No
     reasons = [
         part.why if part.why.startswith("task ") else f"{part.model} on {part.task}: {part.why}"
         for part in found.parts
-        if part.why
+        if part.why and not any(part.why in problem for problem in found.problems)  # it is said there
     ]
     reasons += [f"{part.model}: no steps were timed: {part.no_probe}" for part in found.parts if part.no_probe]
     if any(part.work is not None and not part.work.counted_tokens for part in found.parts):
@@ -218,13 +197,13 @@ def _time(seconds: float, found: DryRun, engine: Engine, workers: int | None) ->
     told = f"estimated time on {found.device}{threads}, from three timed steps of each kind"
     wall = _wall_seconds(seconds, found, engine, workers)
     if wall is None:
-        return f"{told}: {_hours(seconds)} h of one worker; how many there are, the cluster tells"
+        return f"{told}: {duration(seconds)} of one worker; how many there are, the cluster tells"
     if workers == 1:
-        return f"{told}: {_hours(wall)} h"
+        return f"{told}: {duration(wall)}"
     if _share_cores(found, engine):
-        return f"{told}: {_hours(wall)} h on {workers} workers, which share these threads"
+        return f"{told}: {duration(wall)} on {workers} workers, which share these threads"
     like = "" if engine.kind == "local" else " like this machine"
-    return f"{told}: {_hours(wall)} h on {workers} workers{like}; hours in the table are those of one"
+    return f"{told}: {duration(wall)} on {workers} workers{like}; times in the table are those of one"
 
 
 def _shares(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -242,15 +221,3 @@ def _shares(rows: list[dict[str, Any]]) -> Iterator[str]:
         ]
         if cells:
             yield f"  {model}, {site}: {'; '.join(cells)}"
-
-
-def _short(value: float) -> str:
-    """Write a number with a prefix, such as 1.2 T."""
-    for size, sign in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.3g} {sign}"
-    return f"{value:,.0f}" if value < 1e4 else f"{value / 1e3:.3g} k"
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2g}"

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 _LINE_EVERY_SECONDS = 30
+_ROUNDING = 1e-6
 
 
 def make_progress() -> Any:
@@ -15,7 +16,7 @@ def make_progress() -> Any:
 
 
 class _Estimate:
-    """Share of the work that is done, and the time left from the speed so far."""
+    """Share of the work that is done, and the time left from the speed so far; None once a search outruns its guess."""
 
     def __init__(self) -> None:
         self.total, self.before, self.cost, self.part = 1.0, 0.0, 0.0, 0.0
@@ -32,14 +33,23 @@ class _Estimate:
         self.part = done / max(total, 1)
 
     @property
-    def fraction(self) -> float:
-        return min(1.0, (self.before + self.cost * self.part) / self.total)
+    def fraction(self) -> float | None:
+        done = (self.before + self.cost * self.part) / self.total
+        return None if done > 1 + _ROUNDING else min(1.0, done)
 
     @property
-    def seconds_left(self) -> float | None:
+    def percent(self) -> str:
+        """Rounded down, so that 100 % is said when all is done."""
+        return "" if self.fraction is None else f"{int(100 * (self.fraction + _ROUNDING)):3d}%"
+
+    @property
+    def left(self) -> str:
+        if self.fraction is None:
+            return "more than was expected"
         done = self.fraction * self.total - self.skipped
         spent = time.monotonic() - self.started
-        return None if done <= 0 or spent < 2 else spent * (1 - self.fraction) * self.total / done
+        seconds = None if done <= 0 or spent < 2 else spent * (1 - self.fraction) * self.total / done
+        return f"{_time(seconds)} left"
 
 
 class _Lines(_Estimate):
@@ -54,7 +64,7 @@ class _Lines(_Estimate):
         super().share(done, total)
         if time.monotonic() - self._last >= _LINE_EVERY_SECONDS:
             self._last = time.monotonic()
-            self._stream.write(f"{self.fraction:4.0%}  {_left(self.seconds_left)} left  {self.title}\n")
+            self._stream.write("  ".join(part for part in (self.percent, self.left, self.title) if part) + "\n")
             self._stream.flush()
 
     def stop(self) -> None:
@@ -70,12 +80,12 @@ class _Bars(_Estimate):
         from rich.progress import BarColumn, Progress, TextColumn
 
         console = Console(file=sys.stderr)  # this stream, even while stderr is redirected
-        columns = (BarColumn(16), TextColumn("{task.percentage:3.0f} %"), TextColumn("{task.fields[note]}"))
+        columns = (BarColumn(16), TextColumn("{task.fields[percent]}"), TextColumn("{task.fields[note]}"))
         self._progress = Progress(
             *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
         )
-        self._study = self._progress.add_task("", total=1.0, note="loading")
-        self._cell = self._progress.add_task("", total=1.0, note="")
+        self._study = self._progress.add_task("", total=1.0, percent="", note="loading")
+        self._cell = self._progress.add_task("", total=1.0, percent="", note="")
         self._progress.start()
 
     def start(self, total: float, done: float) -> None:
@@ -91,14 +101,14 @@ class _Bars(_Estimate):
         self._show()
 
     def _show(self) -> None:
-        self._progress.update(self._study, completed=self.fraction, note=f"{_left(self.seconds_left)} left")
-        self._progress.update(self._cell, completed=self.part, note=self.title[:52])
+        self._progress.update(self._study, completed=self.fraction, percent=self.percent, note=self.left)
+        self._progress.update(self._cell, completed=self.part, percent=f"{self.part:4.0%}", note=self.title[:52])
 
     def stop(self) -> None:
         self._progress.stop()
 
 
-def _left(seconds: float | None) -> str:
+def _time(seconds: float | None) -> str:
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -6,11 +6,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.families import find_ffns
-from dllm_sparsity.study import plan, probe
+from dllm_sparsity.study import expected, plan, probe
 from dllm_sparsity.study.architectures import build, find_architecture
 from dllm_sparsity.study.check import BYTES, check_study
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
@@ -32,10 +34,12 @@ class Part:
         model: What people see.
         paradigm: autoregressive or diffusion.
         task: lm-eval's name, or as given where it cannot be loaded.
-        cells: Cells that are planned, the dense one among them.
-        runs: How often the items are gone through: once for each cell, and what a search takes on average.
-        passes: How often forward passes are made for them: fewer than `runs` where strengths share them.
+        cells: Cells that are planned, the dense one among them; those of searches come on top.
+        runs: How often the items are gone through: once for each cell, and what searches are likely to take.
+        passes: How often forward passes are made for planned cells: fewer than these where strengths share them.
         stack: Strengths that share a forward pass, at most.
+        searched: Cells that searches are likely to run, each on a block of items.
+        forwards: Forward passes of all runs; None where they cannot be known.
         work: Forward passes of one cell; None where they cannot be known.
         why: Why something is not known; empty where all is.
         ffn_flops: FLOPs of the FFNs, dense, of all runs.
@@ -53,9 +57,11 @@ class Part:
     paradigm: str
     task: str
     cells: int
-    runs: int
+    runs: float
     passes: int
     stack: int = 1
+    searched: int = 0
+    forwards: int | None = None
     work: Workload | None = None
     why: str = ""
     ffn_flops: float | None = None
@@ -120,12 +126,7 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
         _model(model, mine, tasks, config, found, tell)
     found.cells = sum(part.cells for part in found.parts)
     if config.search is not None:
-        notes.append(
-            f"the search is taken to go through the items {plan.SEARCH_PASSES:g} times for each rule and site,"
-            " as simulated searches do on average"
-            + (", twice with its allocation by layer" if config.search.layerwise else "")
-            + (", an average over tasks as often as one task" if config.search.average and _count(tasks) > 1 else "")
-        )
+        notes.append(expected.words(config.search, len(_loaded(tasks)) > 1))
     return found
 
 
@@ -133,8 +134,6 @@ def _model(
     model: ModelConfig, cells: dict, tasks: dict, config: StudyConfig, found: DryRun, tell: Callable[[str], None]
 ) -> None:
     planner, price, why, stacked = None, None, "", False
-    curves = sum(len(rule.sites) for rule in config.rules)
-    searched = round(plan.search_passes(config.search, _count(tasks)) * curves)
     try:
         architecture = find_architecture(resolve(model.model), model.revision)
         built = build(architecture, model.trust_remote_code)
@@ -158,7 +157,7 @@ def _model(
             why_not = loaded.message if isinstance(loaded, UserError) else why
             stacks = plan.stack_sizes(own) if stacked else [1] * len(own)
             most = max(stacks, default=1)
-            part = Part(model.name, model.paradigm, name, len(own), len(own) + searched, len(stacks) + searched, most)
+            part = Part(model.name, model.paradigm, name, len(own), len(own), len(stacks), most)
             part.why = why_not
             found.parts.append(part)
             if task is None or planner is None or price is None:
@@ -170,22 +169,65 @@ def _model(
                 part.why = error.message
                 continue
             _fill(part, part.work, price, own)
+            if config.search is not None:
+                sizes = expected.alike(task, _loaded(tasks))
+                run = expected.evaluations(config.search, task.items, _curves(config), sizes)
+                blocks = expected.cells(task.items, run)
+                blocks += expected.layer_cells(config.search, task.items, _curves(config), price.layers)
+                _add_search(part, blocks, price, partial(_block_work, planner, task, spec), len(_asked_sites(config)))
+            if (flops := price.flops(part.work)) is not None:
+                part.ffn_flops, part.flops = (each * part.runs for each in flops)
             part.detectable = detectable(part.work.items) if has_accuracy(task) else None
-            some = own or [plan.block_cell(config, model, spec, (config.rules[0], config.rules[0].sites[0]), None)]
-            made.append((part, some, batches))
+            made.append((part, own or _like_a_search(config, model, spec), batches))
     _probe(model, made, config, found, tell)
 
 
-def _count(tasks: dict[TaskSpec, list[LoadedTask] | UserError]) -> int:
-    return sum(1 if isinstance(own, UserError) else len(own) for own in tasks.values())
+def _loaded(tasks: dict[TaskSpec, list[LoadedTask] | UserError]) -> list[LoadedTask]:
+    return [task for own in tasks.values() if not isinstance(own, UserError) for task in own]
+
+
+def _curves(config: StudyConfig) -> int:
+    return sum(len(rule.sites) for rule in config.rules)
 
 
 def _fill(part: Part, work: Workload, price: Costs, cells: list) -> None:
-    flops = price.flops(work)
-    if flops is not None:
-        part.ffn_flops, part.flops = (each * part.runs for each in flops)
+    part.forwards = work.forwards * part.passes
     part.peak = price.peak_bytes(work.stacked(part.stack))
     part.disk = sum(disk_bytes(work, price.layers, len(cell.sites)) for cell in cells)
+
+
+def _add_search(
+    part: Part, blocks: list[tuple[float, int]], price: Costs, work_of: Callable[[int], Workload], sites: int
+) -> None:
+    """Add what searches are likely to run, in blocks: the last batch of a block is a forward pass, however small."""
+    for count, size in blocks:
+        work = work_of(size)
+        part.searched += round(count)
+        part.forwards = (part.forwards or 0) + round(count * work.forwards)
+        part.disk += round(count * disk_bytes(work, price.layers, sites))
+        part.runs += count * size / max(1, part.work.items if part.work is not None else 0)
+
+
+def _block_work(planner: Any, task: LoadedTask, spec: TaskSpec, items: int) -> Workload:
+    return workload(planner, task, spec.model_copy(update={"limit": items}))[0]
+
+
+def _asked_sites(config: StudyConfig) -> tuple[str, ...]:
+    """Return the sites that a dense cell records."""
+    first = config.rules[0]
+    return plan.block_cell(config, config.models[0], config.tasks[0], (first, first.sites[0]), None).sites
+
+
+def _like_a_search(config: StudyConfig, model: ModelConfig, spec: TaskSpec) -> list[plan.Cell]:
+    """Return cells whose mean is about that of a search: one dense, and more of each rule, at a strength half way."""
+    cells = [plan.block_cell(config, model, spec, (config.rules[0], config.rules[0].sites[0]), None)]
+    for rule in config.rules:
+        kind = registry.get("rules", rule.name)
+        end = kind.low if kind.denser_upwards else kind.high
+        if rule.strengths or math.isfinite(end):
+            half = rule.strengths[0] if rule.strengths else (kind.dense + end) / 2
+            cells += [plan.block_cell(config, model, spec, (rule, rule.sites[0]), half)] * 4
+    return cells
 
 
 def has_accuracy(task: LoadedTask) -> bool:
@@ -251,7 +293,8 @@ def _probe(model: ModelConfig, made: list, config: StudyConfig, found: DryRun, t
                 if rule not in speed:
                     speed[rule] = probe.seconds_per_forward(lm, cell, batches)
             each = [speed[cell.rule.name if cell.rule is not None else None] for cell in cells]
-            part.seconds = sum(each) / len(each) * part.runs * part.work.forwards
+            searched = part.forwards - part.work.forwards * part.passes
+            part.seconds = sum(each) / len(each) * (part.cells * part.work.forwards + searched)
             part.measured_peak = probe.peak_bytes(found.device)
         except (UserError, RuntimeError) as error:
             part.no_probe = " ".join(str(getattr(error, "message", error)).split())[:160]

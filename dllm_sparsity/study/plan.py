@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from dllm_sparsity.study.config import ModelConfig, RuleConfig, SearchConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.records import PRIMITIVE_SITES
 from dllm_sparsity.study.tasks import LoadedTask
 
 _ALL = ("input", "intermediate")
-
-SEARCH_PASSES = 2.5
-"""How often a search goes through the items of a curve, dense included: what simulated ones take on average."""
 
 
 @dataclass(frozen=True)
@@ -103,20 +100,6 @@ def block_cell(
         asked = {own for each in config.rules for choice in each.sites for own in _primitive(choice)}
         return Cell(model, task, None, None, None, tuple(own for own in PRIMITIVE_SITES if own in asked))
     return Cell(model, task, rule, at, site, _primitive(site))
-
-
-def search_passes(search: SearchConfig | None, tasks: int) -> float:
-    """Return how often the items of each task are likely to be gone through for one curve.
-
-    Args:
-        search: What is asked; None for no search.
-        tasks: Tasks of the study.
-    """
-    if search is None:
-        return 0.0
-    along = 2 if search.layerwise else 1  # once more along the allocation
-    shared = 1 / tasks if search.average and tasks > 1 else 0.0  # as sure as one task with as many items in all
-    return SEARCH_PASSES * (along + shared)
 
 
 def with_block(cell: Cell, start: int, stop: int) -> Cell:

@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 
+from dllm_sparsity.cli.dry_run_table import duration
+
 REFUSE_NETWORK = """
 import socket, sys
 asked = []
@@ -54,6 +56,37 @@ def test_a_dry_run_as_json_and_with_a_problem(run, path):
     saved = next(row for row in found["saved"] if row["site"] == "all" and row["sparsity"] == 0.5)
     assert saved["ffn"] == pytest.approx(0.5)
     assert 0 < saved["whole_model"] < 0.5
+
+
+def test_a_dry_run_says_a_problem_once_and_gives_no_command_for_it(run, path, monkeypatch):
+    fields = yaml.safe_load(path.read_text())
+    fields["models"][0]["model"] = "nobody/nothing"
+    path.write_text(yaml.safe_dump({**fields, "models": fields["models"][:1]}))
+    code, out, _ = run("compare", path, "--dry-run")
+    assert code == 1
+    assert out.count("nobody/nothing") == 1
+    assert "to run it" not in out
+    assert json.loads(run("compare", path, "--dry-run", "--json")[1])["command"] is None
+
+
+def test_a_dry_run_of_a_search_knows_its_cells_and_disk_and_breaks_no_word(run, path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    fields = yaml.safe_load(path.read_text())
+    fields["rules"], fields["search"] = [{"name": "top_p", "sites": ["input"]}], {"layerwise": False}
+    fields["tasks"] = [{"name": "heldout_continuation", "limit": 3}, {"name": "heldout_text", "limit": 70}]
+    path.write_text(yaml.safe_dump(fields))
+    code, out, _ = run("compare", path, "--dry-run")
+    assert code == 0
+    assert "cells: about" in out
+    assert "estimated disk: not known" not in out
+    assert {"continuation", "heldout_text"} <= set(out.split())
+    text = next(own for own in json.loads(run("compare", path, "--dry-run", "--json")[1])["parts"] if own["searched"])
+    assert 5 < text["runs"] < 9
+
+
+@pytest.mark.parametrize(("seconds", "written"), [(0.01, "<0.1 s"), (1.26, "1.3 s"), (90, "1.5 min"), (36e4, "100 h")])
+def test_times_are_in_units_that_people_read(seconds, written):
+    assert duration(seconds) == written
 
 
 def test_what_is_missing_offline_is_named_before_a_weight_is_read(run, path, tmp_path, monkeypatch):
@@ -157,10 +190,10 @@ def test_the_estimated_time_is_divided_over_workers(run, path, monkeypatch):
     jobs = ["--engine", "slurm", "--engine-option", "cluster=local", "--workers", "5", "--gpus-per-worker", "2"]
     code, out, _ = run("compare", path, "--dry-run", *jobs)
     assert code == 0
-    assert "h on 5 workers like this machine" in out
+    assert "on 5 workers like this machine" in out
     assert out.splitlines()[-1].endswith(f"dllm-sparsity compare {path} {' '.join(jobs)}")
     found = json.loads(run("compare", path, "--dry-run", "--json", *jobs)[1])
     assert found["workers"] == 5
     assert found["totals"]["wall_seconds"] == pytest.approx(found["totals"]["seconds"] / 5)
     if not torch.cuda.is_available():
-        assert "h on 3 workers, which share these threads" in run("compare", path, "--dry-run", "--workers", "3")[1]
+        assert "on 3 workers, which share these threads" in run("compare", path, "--dry-run", "--workers", "3")[1]

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm_sparsity import registry
-from dllm_sparsity.study import environment
+from dllm_sparsity.errors import UserError
+from dllm_sparsity.study import environment, expected
+from dllm_sparsity.study.architectures import find_architecture
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
-from dllm_sparsity.study.plan import Cell, Loaded, cell_parts, expand, fingerprint, search_passes, stacks
+from dllm_sparsity.study.plan import Cell, Loaded, cell_parts, expand, fingerprint, stacks
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
+
+_SPARSE = 1.3  # what a rule adds to the cost of a dense cell
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Job:
         else:
             passes = mc if model.paradigm == "diffusion" and isinstance(mc, int) else 1
         share = 1.0 if self.cell.block is None else (self.cell.block[1] - self.cell.block[0]) / max(1, self.task.items)
-        return self.task.cost * passes * share * (1.0 if self.cell.rule is None else 1.3)
+        return self.task.cost * passes * share * (1.0 if self.cell.rule is None else _SPARSE)
 
 
 class Planner:
@@ -92,14 +96,26 @@ class Planner:
         return [(spec, task) for spec in self.config.tasks for task in self.tasks[spec]]
 
     def search_cost(self) -> float:
-        """Guess what all searches cost: so many times the items of each curve."""
-        curves = sum(len(rule.sites) for rule in self.config.rules)
-        dense = [
-            self.job(Cell(model, spec, None, None, None, ()), task).cost
-            for model in self.config.models
-            for spec, task in self._loaded()
-        ]
-        return search_passes(self.config.search, len(self._loaded())) * curves * sum(dense)
+        """Guess what all searches cost."""
+        search = self.config.search
+        if search is None:
+            return 0.0
+        curves, loaded = sum(len(rule.sites) for rule in self.config.rules), self._loaded()
+        tasks, cost = [task for _, task in loaded], 0.0
+        for model in self.config.models:
+            layers = _layers(model) if search.layerwise else None
+            for spec, task in loaded:
+                run = expected.evaluations(search, task.items, curves, expected.alike(task, tasks))
+                run += sum(count * size for count, size in expected.layer_cells(search, task.items, curves, layers))
+                cost += self.job(Cell(model, spec, None, None, None, ()), task).cost * run / max(1, task.items)
+        return _SPARSE * cost
+
+
+def _layers(model: ModelConfig) -> int | None:
+    try:
+        return find_architecture(resolve(model.model), model.revision).layers
+    except UserError:
+        return None
 
 
 def together(jobs: Sequence[Job]) -> list[list[Job]]:
