@@ -67,7 +67,7 @@ def open_pipeline(
             LLaDA2Pipeline,
         )
     except ImportError as error:
-        raise UserError("diffusers is not installed", "pip install dllm-sparsity[diffusers]") from error
+        raise UserError("diffusers is not installed", "pip install '.[diffusers]'") from error
     if kind == "llada2":
         scheduler = BlockRefinementScheduler(**({} if block_length is None else {"block_length": block_length}))
         pipe = LLaDA2Pipeline(model=model, scheduler=scheduler, tokenizer=tokenizer)

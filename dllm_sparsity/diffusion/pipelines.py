@@ -162,7 +162,7 @@ def pipeline_kind(pipe: Any) -> str:
         from diffusers import DiffusionGemmaPipeline, LLaDA2Pipeline
     except ImportError as error:
         raise UserError(
-            f"diffusers with its text pipelines cannot be imported: {error}", "pip install dllm-sparsity[diffusers]"
+            f"diffusers with its text pipelines cannot be imported: {error}", "pip install '.[diffusers]'"
         ) from error
     if isinstance(pipe, LLaDA2Pipeline):
         return "llada2"

@@ -204,7 +204,7 @@ def check_tracker(name: str) -> None:
     if name not in TRACKERS:
         raise UserError(f"unknown tracker {name!r}{did_you_mean(name, TRACKERS)}", f"there are: {', '.join(TRACKERS)}")
     if find_spec(name) is None:
-        raise UserError(f"{name} is not installed", f"pip install 'dllm-sparsity[{name}]'")
+        raise UserError(f"{name} is not installed", f"pip install '.[{name}]'")
     sends = next((variable for variable in _SENDS if os.environ.get(variable)), None)
     if name == "trackio" and sends and is_offline():
         raise UserError(f"trackio would send to {os.environ[sends]}, and the study is offline", f"unset {sends}")

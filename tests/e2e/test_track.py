@@ -119,7 +119,7 @@ def test_a_package_that_is_missing_or_unknown_is_said_before_anything_runs(small
     monkeypatch.setattr("dllm_sparsity.study.track.find_spec", lambda name: None)
     with pytest.raises(UserError, match="trackio is not installed") as error:
         compare(small, tmp_path / "run", track="trackio")
-    assert error.value.hint == "pip install 'dllm-sparsity[trackio]'"
+    assert error.value.hint == "pip install '.[trackio]'"
     assert not (tmp_path / "run").exists()
 
 

@@ -192,7 +192,7 @@ def test_what_cannot_be_right_is_refused(llama, gemma, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=r"diffusers") as caught, pipeline_clock(pipe):
         pass
-    assert caught.value.hint == "pip install dllm-sparsity[diffusers]"
+    assert caught.value.hint == "pip install '.[diffusers]'"
 
 
 def forget_correctors(called):

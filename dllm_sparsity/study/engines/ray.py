@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from concurrent.futures import Future
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ from dllm_sparsity.study.engines import Engine
 from dllm_sparsity.study.engines.pool import Pool
 from dllm_sparsity.study.engines.worker import Worker
 from dllm_sparsity.study.offline import SWITCHES
+
+_SECONDS_TO_CONNECT = 5
 
 
 def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
@@ -36,6 +39,7 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
     started = not ray.is_initialized()
     before = signal.getsignal(signal.SIGTERM)
     if started:
+        check_reachable(engine.address)
         try:
             ray.init(engine.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError, ImportError, TimeoutError) as error:
@@ -74,6 +78,30 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
         ) from error
 
 
+def check_reachable(address: str | None) -> None:
+    """Refuse an address of a host and port where nothing listens; Ray itself would try for minutes.
+
+    Args:
+        address: As given; None takes RAY_ADDRESS.
+
+    Raises:
+        UserError: No connection was made.
+    """
+    where = address or os.environ.get("RAY_ADDRESS") or ""
+    host, _, port = where.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT):
+            return
+    except (OSError, OverflowError) as error:
+        given = "" if address else ", as RAY_ADDRESS says"
+        raise UserError(
+            f"no Ray cluster answers at {where}{given}: {error}",
+            "ray start --head starts one; unset RAY_ADDRESS for one on this machine; or use --engine local",
+        ) from error
+
+
 def check_ray(device: str) -> None:
     """Refuse what no cluster could run; none is asked.
 
@@ -94,7 +122,7 @@ def _check_device(device: str) -> None:
 
 
 def _missing() -> UserError:
-    return UserError("ray is not installed", "pip install dllm-sparsity[ray]")
+    return UserError("ray is not installed", "pip install '.[ray]'")
 
 
 def _resources(ray: Any, engine: Engine, device: str) -> tuple[int, dict[str, Any], str]:

@@ -210,7 +210,7 @@ def make_executor(engine: Engine, folder: Path) -> Any:
     try:
         import submitit
     except ImportError as error:
-        raise UserError("submitit is not installed", "pip install dllm-sparsity[slurm]") from error
+        raise UserError("submitit is not installed", "pip install '.[slurm]'") from error
     options = dict(engine.options)
     cluster = str(options.pop("cluster", "slurm"))
     try:
