@@ -113,6 +113,11 @@ def compare(
         with silence():
             check_offline(build_config(study))
 
+    if gate is not None:
+        from dllm_sparsity.cli.gate import refuse_ahead
+        from dllm_sparsity.study.config import build_config
+
+        refuse_ahead(gate, build_config(study))
     from dllm_sparsity.cli.progress import make_progress
     from dllm_sparsity.comparison import compare as run
 

@@ -113,6 +113,25 @@ def names(summary: dict[str, Any]) -> dict[str, float | None]:
     return found
 
 
+def refuse_ahead(gate: Gate, config: StudyConfig) -> None:
+    """Refuse a condition before a run whose summary could not have its names.
+
+    Args:
+        gate: The condition.
+        config: The study.
+
+    Raises:
+        UserError: A name is unknown, or a task cannot be loaded.
+    """
+    from dllm_sparsity.cli.silence import silence
+    from dllm_sparsity.study.tasks import load_tasks
+
+    with silence():
+        tasks = [task.name for spec in config.tasks for task in load_tasks(spec, config.seed)]
+    if unknown := unknown_ahead(gate, config, tasks):
+        raise UserError(unknown[0], f"tasks of this study are: {', '.join(dict.fromkeys(tasks))}")
+
+
 def unknown_ahead(gate: Gate, config: StudyConfig, tasks: Iterable[str]) -> list[str]:
     """Return what a condition asks for that no summary of a study will have, each in a sentence.
 

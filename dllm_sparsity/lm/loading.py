@@ -173,6 +173,21 @@ def _auto_class(config: Any) -> Any:
     return auto
 
 
+def parse_device(name: str) -> torch.device:
+    """Return a device, whether this machine has it or not.
+
+    Args:
+        name: cpu, cuda or cuda:0; meta.
+
+    Raises:
+        UserError: torch knows none of that name.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}", "give cpu, cuda or cuda:0") from error
+
+
 def find_device(name: str) -> torch.device:
     """Return a device that this machine has.
 
@@ -182,10 +197,7 @@ def find_device(name: str) -> torch.device:
     Raises:
         UserError: It has none of that name.
     """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}", "give cpu, cuda or cuda:0") from error
+    device = parse_device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name} asked for, but torch sees no GPU", "use --device cpu, or install a CUDA torch")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -9,9 +9,11 @@ from typing import Any
 
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.families import find_ffns, place
+from dllm_sparsity.lm.loading import parse_device
 from dllm_sparsity.sparsity.sites import FFN, expand
 from dllm_sparsity.study import plan
 from dllm_sparsity.study.architectures import Architecture, build, find_architecture, loads
+from dllm_sparsity.study.check_search import search_ahead
 from dllm_sparsity.study.check_tasks import check_lengths, check_tasks
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig
 from dllm_sparsity.study.models import make_rule, make_sampler, resolve
@@ -85,10 +87,15 @@ def check_study(config: StudyConfig) -> StudyCheck:
     """
     problems: list[str] = []
     notes: list[str] = []
+    if config.device != "auto":
+        try:
+            parse_device(config.device)
+        except UserError as error:
+            problems.append(f"{error.message}; {error.hint}")
     for rule in config.rules:
         _check_rule(rule, problems)
     said, lengths, scored = check_tasks(config.tasks)
-    problems += said
+    problems += [*said, *search_ahead(config.search, config.tasks)]
     for model in config.models:
         if model.pipeline == "diffusion_gemma":
             problems += [

@@ -214,6 +214,7 @@ def build_config(data: dict[str, Any], source: str = "the study") -> StudyConfig
         raise UserError(f"{source}: {where}: {first['msg']}", hint) from error
     _check_names(config)
     _check_layerwise(config)
+    _check_budget(config)
     return config
 
 
@@ -234,6 +235,21 @@ def _check_layerwise(config: StudyConfig) -> None:
                 f"search.layerwise measures each layer alone on {FEWEST_LAYERWISE_ITEMS} items or more, and"
                 f" {task.name or task.text} is limited to {task.limit}",
                 f"give it a limit of {FEWEST_LAYERWISE_ITEMS} or more, or leave layerwise out",
+            )
+
+
+def _check_budget(config: StudyConfig) -> None:
+    """Refuse a budget that ends before a first answer, where a limit says how many items there are at most."""
+    budget = config.search.budget if config.search is not None else None
+    if budget is None:
+        return
+    for task in config.tasks:
+        first = task.limit if task.limit is not None and task.limit < 80 else 64  # of the search's first block
+        if task.limit is not None and budget < 2 * first:
+            raise UserError(
+                f"search.budget is {budget:,}, and the smallest search on {task.name or task.text} takes {2 * first:,}"
+                f" item-evaluations: its first {first} items, dense and at one strength",
+                f"raise it to {6 * first:,} or more, or leave it out",
             )
 
 

@@ -6,10 +6,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.families import find_ffns
 from dllm_sparsity.study import expected, plan, probe
@@ -17,6 +15,7 @@ from dllm_sparsity.study.architectures import build, find_architecture
 from dllm_sparsity.study.check import BYTES, check_study
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.cost import Costs, costs, disk_bytes
+from dllm_sparsity.study.dry_search import expect, like_a_search, unsearchable
 from dllm_sparsity.study.models import choose_device, open_backend, resolve
 from dllm_sparsity.study.offline import missing_files
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
@@ -118,6 +117,7 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
             tasks[spec] = load_tasks(spec, config.seed)
         except UserError as error:
             tasks[spec] = error
+    problems += unsearchable(config, _loaded(tasks), problems)
     cells = plan.expand(config)
     device = choose_device(config.device)
     found = DryRun(config.name, device, 0, [], {}, problems, notes, torch.get_num_threads())
@@ -170,15 +170,11 @@ def _model(
                 continue
             _fill(part, part.work, price, own)
             if config.search is not None:
-                sizes = expected.alike(task, _loaded(tasks))
-                run = expected.evaluations(config.search, task.items, _curves(config), sizes)
-                blocks = expected.cells(task.items, run)
-                blocks += expected.layer_cells(config.search, task.items, _curves(config), price.layers)
-                _add_search(part, blocks, price, partial(_block_work, planner, task, spec), len(_asked_sites(config)))
+                expect(part, planner, (task, spec), _loaded(tasks), config, price)
             if (flops := price.flops(part.work)) is not None:
                 part.ffn_flops, part.flops = (each * part.runs for each in flops)
             part.detectable = detectable(part.work.items) if has_accuracy(task) else None
-            made.append((part, own or _like_a_search(config, model, spec), batches))
+            made.append((part, own or like_a_search(config, model, spec), batches))
     _probe(model, made, config, found, tell)
 
 
@@ -186,48 +182,10 @@ def _loaded(tasks: dict[TaskSpec, list[LoadedTask] | UserError]) -> list[LoadedT
     return [task for own in tasks.values() if not isinstance(own, UserError) for task in own]
 
 
-def _curves(config: StudyConfig) -> int:
-    return sum(len(rule.sites) for rule in config.rules)
-
-
 def _fill(part: Part, work: Workload, price: Costs, cells: list) -> None:
     part.forwards = work.forwards * part.passes
     part.peak = price.peak_bytes(work.stacked(part.stack))
     part.disk = sum(disk_bytes(work, price.layers, len(cell.sites)) for cell in cells)
-
-
-def _add_search(
-    part: Part, blocks: list[tuple[float, int]], price: Costs, work_of: Callable[[int], Workload], sites: int
-) -> None:
-    """Add what searches are likely to run, in blocks: the last batch of a block is a forward pass, however small."""
-    for count, size in blocks:
-        work = work_of(size)
-        part.searched += round(count)
-        part.forwards = (part.forwards or 0) + round(count * work.forwards)
-        part.disk += round(count * disk_bytes(work, price.layers, sites))
-        part.runs += count * size / max(1, part.work.items if part.work is not None else 0)
-
-
-def _block_work(planner: Any, task: LoadedTask, spec: TaskSpec, items: int) -> Workload:
-    return workload(planner, task, spec.model_copy(update={"limit": items}))[0]
-
-
-def _asked_sites(config: StudyConfig) -> tuple[str, ...]:
-    """Return the sites that a dense cell records."""
-    first = config.rules[0]
-    return plan.block_cell(config, config.models[0], config.tasks[0], (first, first.sites[0]), None).sites
-
-
-def _like_a_search(config: StudyConfig, model: ModelConfig, spec: TaskSpec) -> list[plan.Cell]:
-    """Return cells whose mean is about that of a search: one dense, and more of each rule, at a strength half way."""
-    cells = [plan.block_cell(config, model, spec, (config.rules[0], config.rules[0].sites[0]), None)]
-    for rule in config.rules:
-        kind = registry.get("rules", rule.name)
-        end = kind.low if kind.denser_upwards else kind.high
-        if rule.strengths or math.isfinite(end):
-            half = rule.strengths[0] if rule.strengths else (kind.dense + end) / 2
-            cells += [plan.block_cell(config, model, spec, (rule, rule.sites[0]), half)] * 4
-    return cells
 
 
 def has_accuracy(task: LoadedTask) -> bool:

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import architectures, check, check_tasks
-from dllm_sparsity.study.config import RuleConfig, build_config
+from dllm_sparsity.study.check_search import check_search
+from dllm_sparsity.study.config import RuleConfig, SearchConfig, TaskSpec, build_config
+from dllm_sparsity.study.tasks import load_tasks
 
 ROOT = Path(__file__).parents[2]
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_inner": 64, "n_layer": 3, "n_head": 4, "vocab_size": 100}
@@ -304,3 +307,23 @@ def test_code_of_a_folder_is_run_only_where_it_is_trusted(tmp_path):
 @pytest.mark.parametrize(("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2], "0-2"), ([0, 2, 3, 9], "0, 2-3, 9")])
 def test_ranges(numbers, text):
     assert check.ranges(numbers) == text
+
+
+def test_a_quality_that_no_task_has_and_an_unknown_device_are_refused():
+    (found,) = problems(search={"quality": "foo"})
+    assert found == "task easy_endings has no quality 'foo' to search on; it has: acc_token, acc, nll"
+    assert not problems(search={"quality": "accuracy"})
+    assert not problems(search={"quality": "acc_token"})
+    assert problems(tasks=[{"name": "heldout_text"}], search={"quality": "acc"})
+    assert problems(device="tpu") == ("unknown device 'tpu'; give cpu, cuda or cuda:0",)
+
+
+def test_a_budget_that_ends_before_an_answer_is_refused():
+    with pytest.raises(UserError, match="takes 80 item-evaluations: its first 40 items"):
+        problems(tasks=[{"name": "easy_endings", "limit": 40}], search={"budget": 79})
+    assert not problems(tasks=[{"name": "easy_endings", "limit": 40}], search={"budget": 80})
+    (task,) = load_tasks(TaskSpec(name="easy_endings"), 0)
+    with pytest.raises(UserError, match="takes 128"):
+        check_search(SearchConfig(budget=3), [task])
+    with pytest.raises(UserError, match="no quality 'foo'"):
+        check_search(SearchConfig(quality="foo"), [task])

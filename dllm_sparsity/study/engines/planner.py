@@ -10,6 +10,7 @@ from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import environment, expected
 from dllm_sparsity.study.architectures import find_architecture
+from dllm_sparsity.study.check_search import check_search
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
 from dllm_sparsity.study.plan import Cell, Loaded, cell_parts, expand, fingerprint, stacks
@@ -47,7 +48,7 @@ class Planner:
         device: Kind of device that the models run on.
 
     Raises:
-        UserError: A task cannot be loaded, or a model's files cannot be had.
+        UserError: A task cannot be loaded or searched on, or a model's files cannot be had.
     """
 
     def __init__(self, config: StudyConfig, device: str) -> None:
@@ -60,6 +61,7 @@ class Planner:
             model: environment.weights_identity(resolve(model.model), model.revision) for model in config.models
         }
         self.tasks: dict[TaskSpec, list[LoadedTask]] = {spec: load_tasks(spec, config.seed) for spec in config.tasks}
+        check_search(config.search, [task for _, task in self._loaded()])
 
     def job(self, cell: Cell, task: LoadedTask) -> Job:
         """Return a cell with its fingerprint.
