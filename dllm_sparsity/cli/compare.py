@@ -111,7 +111,7 @@ def compare(
         from dllm_sparsity.study.offline import check_offline
 
         with silence():
-            check_offline(build_config(study))
+            check_offline(build_config(study), config is not None)
 
     if gate is not None:
         from dllm_sparsity.cli.gate import refuse_ahead

@@ -33,17 +33,20 @@ def is_offline() -> bool:
     return all(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in SWITCHES)
 
 
-def check_offline(config: StudyConfig) -> None:
+def check_offline(config: StudyConfig, is_file: bool = True) -> None:
     """Refuse a study that needs what is not on this machine: models, tokenizers, and the data of its tasks.
 
     Args:
         config: The study.
+        is_file: Whether it was given as a file, which `fetch` takes.
 
     Raises:
         UserError: Something is missing; all of it is named.
     """
     if lacking := missing(config):
-        raise UserError(f"offline: {'; '.join(lacking)}", "with a network, first: dllm-sparsity fetch CONFIG")
+        models = [model.model for model in config.models if missing_files(model)]
+        command = "dllm-sparsity fetch CONFIG" if is_file or not models else f"hf download {models[0]}"
+        raise UserError(f"offline: {'; '.join(lacking)}", f"with a network, first: {command}")
 
 
 def missing(config: StudyConfig) -> list[str]:
@@ -58,7 +61,7 @@ def missing(config: StudyConfig) -> list[str]:
     from dllm_sparsity.study.tasks import load_tasks
 
     found = [
-        f"{model.name} is not on this machine: {', '.join(files)}"
+        f"{model.model} is not on this machine: {', '.join(files)}"
         for model in config.models
         if (files := missing_files(model))
     ]
