@@ -165,6 +165,19 @@ class StudyConfig(_Frozen):
         return self
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise UserError(f"{key.value} is given twice, again in line {line}", "keep one of both")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: str | Path) -> StudyConfig:
     """Read a study from a YAML file.
 
@@ -175,13 +188,15 @@ def read_config(path: str | Path) -> StudyConfig:
         UserError: It cannot be read, is no YAML, or a field is wrong.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Once)
     except FileNotFoundError as error:
         raise UserError(
             f"no such file: {path}", "give a study in YAML; the folder configs/ has some to start from"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}", "give a study in YAML") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error.message}", error.hint) from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}", "mend the file") from error
     if not isinstance(data, dict):
@@ -211,11 +226,25 @@ def build_config(data: dict[str, Any], source: str = "the study") -> StudyConfig
                 f"{where}{did_you_mean(str(first['loc'][-1]), _known_fields(first['loc']))}",
                 "remove or rename it",
             )
-        raise UserError(f"{source}: {where}: {first['msg']}", hint) from error
+        raise UserError(f"{source}: {where}: {_plainly(first)}", hint) from error
     _check_names(config)
     _check_layerwise(config)
     _check_budget(config)
     return config
+
+
+def _plainly(error: Any) -> str:
+    """Return what pydantic found, without its own words for kinds of data."""
+    given, kind = error["ctx"] if "ctx" in error else {}, error["type"]
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return "give fields, each as name: value"
+    if kind in ("tuple_type", "list_type"):
+        return "give a list, such as [a, b]"
+    if kind == "too_short":
+        return f"give at least {given['min_length']}"
+    if kind == "missing":
+        return "this field is missing"
+    return error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
 
 
 def _known_fields(location: tuple) -> list[str]:

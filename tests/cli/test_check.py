@@ -11,7 +11,7 @@ import yaml
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import architectures, check, check_tasks
 from dllm_sparsity.study.check_search import check_search
-from dllm_sparsity.study.config import RuleConfig, SearchConfig, TaskSpec, build_config
+from dllm_sparsity.study.config import RuleConfig, SearchConfig, TaskSpec, build_config, read_config
 from dllm_sparsity.study.tasks import load_tasks
 
 ROOT = Path(__file__).parents[2]
@@ -327,3 +327,26 @@ def test_a_budget_that_ends_before_an_answer_is_refused():
         check_search(SearchConfig(budget=3), [task])
     with pytest.raises(UserError, match="no quality 'foo'"):
         check_search(SearchConfig(quality="foo"), [task])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nseed: 1\nname: b\n", "name is given twice, again in line 3"),
+        ("models: [{model: m, model: n}]\n", "model is given twice, again in line 1"),
+        ("models: []\n", "models: give at least 1"),
+        ("search: true\n", "search: give fields, each as name: value"),
+        ("rules: top_p\n", "rules: give a list, such as [a, b]"),
+        ("rules: [{name: top_p}]\n", "the whole: give each rule at least one of strengths"),
+    ],
+)
+def test_wrong_fields_are_told_in_plain_words(tmp_path, text, message):
+    fields = study()
+    name = text.partition(":")[0]
+    rest = "".join(yaml.safe_dump({key: own}) for key, own in fields.items() if key != name)
+    path = tmp_path / "study.yaml"
+    path.write_text(text + rest)
+    with pytest.raises(UserError) as caught:
+        read_config(path)
+    assert message in caught.value.message
+    assert "Input" not in caught.value.message
