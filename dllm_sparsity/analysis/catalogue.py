@@ -159,6 +159,6 @@ WORLDS = (
         ),
         held_out=True,
     ),
-    World("accuracy, cliff", "accuracy", _scaled(_cliff, 2), 4000, skill=0.5, held_out=True),
-    World("NLL, cliff", "nll", _cliff, 1000, held_out=True),
+    World("accuracy, cliff", "accuracy", _scaled(_cliff, 2), 4000, skill=0.5),
+    World("NLL, cliff", "nll", _cliff, 1000),
 )

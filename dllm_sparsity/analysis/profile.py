@@ -169,8 +169,15 @@ def _curve(points: Margins, mesh: np.ndarray, block: range | None) -> tuple[Smoo
         cross, variance = points.another(mesh[::EVERY], block)
         there = np.interp(mesh[::EVERY], points.place, slope)
         more = cross * np.outer(slope, there), variance * there**2
-    curve = smooth(points.place, height, points.covariance * np.outer(slope, slope), mesh, more)
+    covariance = points.covariance * np.outer(slope, slope)
+    curve = smooth(points.place, height, covariance, mesh, more, _corner(points))
     return curve, knee * np.sinh(curve.value / knee)
+
+
+def _corner(points: Margins) -> float | None:
+    """Return the last point before the first that fails beyond doubt, or None where none fails."""
+    fails = np.flatnonzero(points.margin + _Z * np.sqrt(np.diag(points.covariance)) < 0)
+    return float(points.place[max(fails[0] - 1, 0)]) if len(fails) else None
 
 
 def _mesh(place: np.ndarray, ended: bool) -> np.ndarray:

@@ -242,9 +242,8 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   was measured beside it. An early, narrow and shallow fall that comes back, as in `accuracy, wavy`, is often not told
   from a miss, and the interval then reaches from there to the last crossing; to tell takes most items at several low
   strengths, as a grid spends them.
-- For the same reason it is sure of itself where it should not be when a curve stays flat up to a cliff, as in
-  `NLL, cliff`: the flat part says that the curve bends little, and the fall is put right behind the last strength that
-  was measured before it. Where a report's chart shows a cliff, measure strengths inside of it with a grid.
+- Behind the last place that holds, the curve may bend thirty times as much, where the points say so: else a long flat
+  part, as in the two `cliff`, would put the fall right behind the last strength that was measured before it.
 - Where no strength fails, the answer is one-sided, and it holds when its low end is not above the truth.
 - A search goes through the items {passes:.1f} times for a curve, on the mean of the lines.
 - Widths and sparsities are in points of a hundred.

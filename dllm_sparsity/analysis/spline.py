@@ -10,6 +10,9 @@ _BENDS = np.geomspace(20.0, 5000.0, 6)
 """How strongly a curve may bend, in the height of its first point; each is weighed by how well it fits the points."""
 _HASTES = np.array([0.0, 0.5])
 """Powers with which the bend grows along the curve, weighed likewise; half as far as one, it is as `_BENDS` says."""
+_SHARP, _RARE = 30.0, 6.0
+"""How much more a curve may bend behind a corner, and by how much, in logarithms, its evidence must be better: without
+one, a long flat part says that a cliff behind it is a bend at once."""
 _LEAST = 1e-4
 """Smallest error of a point, in the height of the first: keeps points without noise apart."""
 _APART = 1e-7
@@ -51,6 +54,7 @@ def smooth(
     covariance: np.ndarray,
     mesh: np.ndarray,
     more: tuple[np.ndarray, np.ndarray] | None = None,
+    corner: float | None = None,
 ) -> Smooth:
     """Return a cubic smoothing spline and its standard error, averaged over how far the curve bends and where.
 
@@ -61,6 +65,7 @@ def smooth(
         mesh: Where the curve is wanted.
         more: Of one more point at every `EVERY`-th place of the mesh: the covariance of its error with those of the
             points, (points, places), and its variance. None where nobody asks.
+        corner: From where on the curve may bend much more than before, weighed likewise; None for nowhere.
 
     Source: Wahba 1978, Improper priors, spline smoothing and the problem of guarding against model errors in
         regression; Nychka 1988, Bayesian confidence intervals for smoothing splines. Differs: the bend is averaged over
@@ -71,8 +76,8 @@ def smooth(
     place = place + _APART * np.arange(len(place))
     covariance = covariance + np.eye(len(place)) * (_LEAST * scale) ** 2
     trend, ahead = (np.stack([np.ones_like(at), at], axis=1) for at in (place, mesh))
-    among, across = (np.repeat(_bend(place, at), len(_BENDS), axis=0) for at in (place, mesh))
-    bends = (np.tile(_BENDS, len(_HASTES)) * scale)[:, None, None] ** 2
+    among, across = (np.repeat(_bend(place, at, corner), len(_BENDS), axis=0) for at in (place, mesh))
+    bends = (np.tile(_BENDS, len(among) // len(_BENDS)) * scale)[:, None, None] ** 2
     whole = covariance + bends * among
     inverse = np.linalg.inv(whole)
     information = trend.T @ inverse @ trend
@@ -82,9 +87,10 @@ def smooth(
     pulled = bends * (inverse @ across)
     lack = ahead - pulled.swapaxes(1, 2) @ trend
     evidence = -(_log(whole) + _log(information) + (rest * (inverse @ rest)).sum((1, 2))) / 2
+    evidence[len(_HASTES) * len(_BENDS) :] -= _RARE
     drawn = pulled.swapaxes(1, 2) + lack @ unsure @ trend.T @ inverse  # from heights to the curve
     means = drawn @ height
-    own = bends[..., 0] * (_own(mesh) - (across * pulled).sum(1)) + ((lack @ unsure) * lack).sum(2)
+    own = bends[..., 0] * (_own(mesh, corner) - (across * pulled).sum(1)) + ((lack @ unsure) * lack).sum(2)
     weights = np.exp(evidence - evidence.max())
     weights /= weights.sum()
     value = weights @ means
@@ -96,9 +102,9 @@ def smooth(
         there = bends * across[:, :, ::EVERY] + more[0]
         behind = inverse @ there
         short = ahead[::EVERY] - behind.swapaxes(1, 2) @ trend
-        shared = bends * (np.repeat(_bend(mesh, at), len(_BENDS), axis=0) - across.swapaxes(1, 2) @ behind)
+        shared = bends * (np.repeat(_bend(mesh, at, corner), len(_BENDS), axis=0) - across.swapaxes(1, 2) @ behind)
         shared += lack @ unsure @ short.swapaxes(1, 2)
-        left = bends[..., 0] * _own(at) + more[1] - (there * behind).sum(1) + ((short @ unsure) * short).sum(2)
+        left = bends[..., 0] * _own(at, corner) + more[1] - (there * behind).sum(1) + ((short @ unsure) * short).sum(2)
         gains = np.tensordot(weights, shared**2 / np.maximum(left, covariance[0, 0])[:, None], 1)
     return Smooth(mesh, value, error, noise, gains)
 
@@ -107,16 +113,35 @@ def _log(matrices: np.ndarray) -> np.ndarray:
     return np.linalg.slogdet(matrices)[1]
 
 
-def _bend(here: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Return the covariance of a random curve whose slope is a random walk from zero on; one for each haste."""
+def _bend(here: np.ndarray, there: np.ndarray, corner: float | None) -> np.ndarray:
+    """Return the covariance of a random curve whose slope is a random walk from zero on.
+
+    Returns:
+        One for each haste; where there is a corner, one that bends much more from there on.
+    """
+    walks = _walks(here, there)
+    if corner is None:
+        return walks
+    behind = [np.maximum(at - corner, 0.0) for at in (here, there)]
+    return np.concatenate([walks, walks[:1] + (_SHARP**2 - 1) * _walks(*behind)[:1]])
+
+
+def _walks(here: np.ndarray, there: np.ndarray) -> np.ndarray:
     both, product, near = here[:, None] + there, here[:, None] * there, np.minimum(here[:, None], there)
     twice = 2 * _HASTES[:, None, None]
     walk = product / (twice + 1) - both * near / (twice + 2) + near**2 / (twice + 3)
     return (2 * near) ** twice * near * walk
 
 
-def _own(at: np.ndarray) -> np.ndarray:
+def _own(at: np.ndarray, corner: float | None) -> np.ndarray:
     """Return the variance of the same curve."""
+    own = _walks_own(at)
+    if corner is not None:
+        own = np.concatenate([own, own[:1] + (_SHARP**2 - 1) * _walks_own(np.maximum(at - corner, 0.0))[:1]])
+    return np.repeat(own, len(_BENDS), axis=0)
+
+
+def _walks_own(at: np.ndarray) -> np.ndarray:
     twice = 2 * _HASTES[:, None]
     walk = 1 / (twice + 1) - 2 / (twice + 2) + 1 / (twice + 3)
-    return np.repeat((2 * at) ** twice * at**3 * walk, len(_BENDS), axis=0)
+    return (2 * at) ** twice * at**3 * walk
