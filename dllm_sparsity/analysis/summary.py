@@ -225,7 +225,8 @@ def _notes(run: Run) -> list[str]:
     ):
         notes.append(f"a diffusion likelihood is a bound ({estimator}), not comparable with an exact NLL")
     if run.unsealed:
-        notes.append(f"{run.unsealed} cells are not finished and are not shown")
+        several = "cells are" if run.unsealed > 1 else "cell is"
+        notes.append(f"{run.unsealed} {several} not finished and not shown")
     return notes
 
 

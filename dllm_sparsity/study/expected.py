@@ -132,6 +132,6 @@ def words(search: SearchConfig, several: bool) -> str:
     )
     said += ", more for several retentions" if len(search.retentions) > 1 else ""
     said += f", and no more than its budget of {search.budget:,} item-evaluations" if search.budget else ""
-    said += "; layers alone and the search along the allocation come on top" if search.layerwise else ""
-    said += "; so does the average over tasks" if search.average and several else ""
-    return said
+    more = ["layers alone, the search along the allocation"] if search.layerwise else []
+    more += ["the average over tasks"] if search.average and several else []
+    return said + (f"; on top: {', '.join(more)}" if more else "")
