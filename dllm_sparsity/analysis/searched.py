@@ -29,11 +29,11 @@ _STOPS: dict[str, str] = {
     "width": "width of {:g} reached",
     "items": "all items used, above {:g}",
     "budget": "budget spent, above {:g}",
-    "values": "no item with a value",
+    "values": "items without a value",
 }
 _WITHOUT_ANSWER = {
     "budget": "the budget of item-evaluations was spent before there was an answer",
-    "values": "at a strength that was measured, no item has a value of this quality",
+    "values": "the items that were measured, or those of one task, have no value of this quality",
 }
 
 
@@ -193,7 +193,8 @@ def ends(search: Any) -> list[dict[str, Any]]:
         more = alone.get(repr([*(own[name] for name in _PLACED), own["rule_parameters"], own["retention"]]))
         spent = f"{own['evaluations']:,}" + (f" + {more:,} by layer" if more else "")
         ended = _STOPS.get(own["stopped"], str(own["stopped"])).format(100 * own["width"])
-        ended = ended if own["interval"] else ended.split(",")[0]
+        is_wide = own["interval"] and own["interval"][1] - own["interval"][0] > own["width"]
+        ended = ended if is_wide or own["stopped"] == "width" else ended.split(",")[0]
         named = {name: own[name] for name in _TOLD}
         rows.append({**named, "ended": ended, "evaluations": spent})
     last = {own["task"] for own in answers if "tasks" in own}

@@ -105,15 +105,18 @@ def _curve(curve: Curve, judged: Judged) -> dict[str, Any]:
         "critical": [own.told for own in curve.readings],
         "noise": vars(judged.noise) if judged.noise else None,
         "points": [_point(*both) for both in zip(curve.points, judged.verdicts, strict=True)],
+        "path": next((own["path"] for own in _answers(curve)), []),
         **_cost(curve.group.dense),
     }
 
 
+def _answers(curve: Curve) -> list[dict[str, Any]]:
+    return [own for own in curve.group.answers if own["quality"] == curve.quality["name"]]
+
+
 def _searched_from(curve: Curve) -> dict[str, Any] | None:
     """Return the dense quality on the items that a search's answers rest on; the points of its curve have fewer."""
-    answers = [
-        own for own in curve.group.answers if own["quality"] == curve.quality["name"] and own["value"] is not None
-    ]
+    answers = [own for own in _answers(curve) if own["value"] is not None]
     if not curve.group.is_searched or not answers:
         return None
     return max(answers, key=lambda own: own["items"]).get("dense")

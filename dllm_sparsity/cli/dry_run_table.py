@@ -97,5 +97,5 @@ def duration(seconds: float) -> str:
     """
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
+            return f"{seconds / size:.2g} {unit}" if seconds < 9.95 * size else f"{seconds / size:,.0f} {unit}"
     return f"{seconds:.2g} s" if seconds >= 0.1 else "<0.1 s"

@@ -145,7 +145,9 @@ def unknown_ahead(gate: Gate, config: StudyConfig, tasks: Iterable[str]) -> list
     return [
         f"--fail-if: the summary will have no {name}{did_you_mean(name, places)}"
         for name in gate.asked
-        if name not in exact and not name.startswith(tuple(f"{place}." for place in begun))
+        if name not in exact
+        and not name.startswith(tuple(f"{place}." for place in begun))
+        and ".average of " not in name  # which tasks and qualities can be averaged, only the run tells
     ]
 
 

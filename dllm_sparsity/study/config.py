@@ -168,14 +168,15 @@ class StudyConfig(_Frozen):
 class _Once(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML keeps the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
-            if key.value in seen:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # before `<<` is merged into it, which may name a key again
+        seen = set[tuple[str, str]]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
                 line = key.start_mark.line + 1
                 raise UserError(f"{key.value} is given twice, again in line {line}", "keep one of both")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def read_config(path: str | Path) -> StudyConfig:
@@ -229,7 +230,6 @@ def build_config(data: dict[str, Any], source: str = "the study") -> StudyConfig
         raise UserError(f"{source}: {where}: {_plainly(first)}", hint) from error
     _check_names(config)
     _check_layerwise(config)
-    _check_budget(config)
     return config
 
 
@@ -264,21 +264,6 @@ def _check_layerwise(config: StudyConfig) -> None:
                 f"search.layerwise measures each layer alone on {FEWEST_LAYERWISE_ITEMS} items or more, and"
                 f" {task.name or task.text} is limited to {task.limit}",
                 f"give it a limit of {FEWEST_LAYERWISE_ITEMS} or more, or leave layerwise out",
-            )
-
-
-def _check_budget(config: StudyConfig) -> None:
-    """Refuse a budget that ends before a first answer, where a limit says how many items there are at most."""
-    budget = config.search.budget if config.search is not None else None
-    if budget is None:
-        return
-    for task in config.tasks:
-        first = task.limit if task.limit is not None and task.limit < 80 else 64  # of the search's first block
-        if task.limit is not None and budget < 2 * first:
-            raise UserError(
-                f"search.budget is {budget:,}, and the smallest search on {task.name or task.text} takes {2 * first:,}"
-                f" item-evaluations: its first {first} items, dense and at one strength",
-                f"raise it to {6 * first:,} or more, or leave it out",
             )
 
 

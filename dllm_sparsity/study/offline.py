@@ -44,8 +44,9 @@ def check_offline(config: StudyConfig, is_file: bool = True) -> None:
         UserError: Something is missing; all of it is named.
     """
     if lacking := missing(config):
-        models = [model.model for model in config.models if missing_files(model)]
-        command = "dllm-sparsity fetch CONFIG" if is_file or not models else f"hf download {models[0]}"
+        gone = [model for model in config.models if missing_files(model)]
+        each = [f"hf download {own.model}{f' --revision {own.revision}' if own.revision else ''}" for own in gone]
+        command = "dllm-sparsity fetch CONFIG" if is_file or not gone else " && ".join(dict.fromkeys(each))
         raise UserError(f"offline: {'; '.join(lacking)}", f"with a network, first: {command}")
 
 

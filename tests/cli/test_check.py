@@ -319,14 +319,29 @@ def test_a_quality_that_no_task_has_and_an_unknown_device_are_refused():
 
 
 def test_a_budget_that_ends_before_an_answer_is_refused():
+    (task,) = load_tasks(TaskSpec(name="easy_endings", limit=40), 0)
     with pytest.raises(UserError, match="takes 80 item-evaluations: its first 40 items"):
-        problems(tasks=[{"name": "easy_endings", "limit": 40}], search={"budget": 79})
-    assert not problems(tasks=[{"name": "easy_endings", "limit": 40}], search={"budget": 80})
+        check_search(SearchConfig(budget=79), [task])
+    check_search(SearchConfig(budget=80), [task])
     (task,) = load_tasks(TaskSpec(name="easy_endings"), 0)
     with pytest.raises(UserError, match="takes 128"):
         check_search(SearchConfig(budget=3), [task])
     with pytest.raises(UserError, match="no quality 'foo'"):
         check_search(SearchConfig(quality="foo"), [task])
+
+
+def test_keys_that_an_anchor_brings_along_are_not_given_twice(tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        "name: a\nrules:\n- &one {name: top_p, sites: [up], strengths: [0.9]}\n- &two {<<: *one, strengths: [0.8]}\n"
+        "- {<<: *two, sites: [gate]}\n"
+        "models: [{paradigm: autoregressive, model: 'embedded:autoregressive'}]\ntasks: [{name: easy_endings}]\n"
+    )
+    rules = read_config(tmp_path / "study.yaml").rules
+    assert [(rule.sites, rule.strengths) for rule in rules] == [
+        (("up",), (0.9,)),
+        (("up",), (0.8,)),
+        (("gate",), (0.8,)),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_strength_of_which_no_item_has_a_value_ends_the_search_with_what_it_ha
     assert goal.stopped == "values"
     assert (goal.profile is not None) is found
     assert found_by(goal, search, 0.05, "accuracy")["reason"] == (
-        None if found else "at a strength that was measured, no item has a value of this quality"
+        None if found else "the items that were measured, or those of one task, have no value of this quality"
     )
 
 

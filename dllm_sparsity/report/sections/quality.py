@@ -31,7 +31,7 @@ class Quality(Section):
             data: What the page is made from.
         """
         means = _averages(data.summary) if data.summary else []
-        own = [_with_path(own, data.summary.get("search")) for own in data.summary["curves"]] if data.summary else []
+        own = [_with_path(own) for own in data.summary["curves"]] if data.summary else []
         curves = [*own, *means]
         styles = _styles(curves)
         tasks = list(dict.fromkeys(curve["task"] for curve in curves))
@@ -49,13 +49,10 @@ def _averages(found: dict[str, Any]) -> list[Curve]:
     ]
 
 
-def _with_path(curve: Curve, search: Any) -> Curve:
+def _with_path(curve: Curve) -> Curve:
     """Return a curve with what its search measured at other strengths, each on fewer items: for the chart alone."""
-    names = ("paradigm", "model", "task", "rule", "site", "quality")
-    answers = search.get("curves", []) if isinstance(search, dict) else []
-    path = next((own["path"] for own in answers if all(own[name] == curve[name] for name in names)), [])
     known = {point["strength"] for point in curve["points"]}
-    more = [own for own in path if own["strength"] not in known and own.get("retention") is not None]
+    more = [own for own in curve["path"] if own["strength"] not in known and own.get("retention") is not None]
     drawn = [*curve["points"], *(dict.fromkeys(_OF_CELLS) | {"dense": False} | own for own in more)]
     return {**curve, "drawn": sorted(drawn, key=lambda point: point["sparsity"] or 0.0)}
 

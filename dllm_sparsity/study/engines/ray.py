@@ -94,7 +94,7 @@ def check_reachable(address: str | None) -> None:
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT):
             return
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         given = "" if address else ", as RAY_ADDRESS says"
         raise UserError(
             f"no Ray cluster answers at {where}{given}: {error}",
