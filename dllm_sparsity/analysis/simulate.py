@@ -234,7 +234,7 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   many items as give the search's median width, where that is wider than `width at 95 %` (a width falls with the square
   root of the items); and the same against the width that the grid claims.
 - At the width at 95 %, {cheap} of {lines} lines cost at most a sixth of the grid (6.0); at the median it is
-  1 in {median:.1f}. The others have gone through all items while the interval is still wider than the grid's: it is
+  1 in {median:.1f}. Most others have gone through all items while the interval is still wider than the grid's: it is
   read off few strengths, most of them measured on some of the items.
 - `too low` and `too high` are the shares of intervals that lie wholly below and above the truth. In {studies}
   studies, a true coverage of 95 % shows within {within:.1f} points of it, in 19 lines of 20.
@@ -243,7 +243,8 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   from a miss, and the interval then reaches from there to the last crossing; to tell takes most items at several low
   strengths, as a grid spends them.
 - Behind the last place that holds, the curve may bend thirty times as much, where the points say so: else a long flat
-  part, as in the two `cliff`, would put the fall right behind the last strength that was measured before it.
+  part, as in `NLL, cliff`, would put the fall right behind the last strength that was measured before it. Where the
+  items' noise hides whether the flat part holds, as in `accuracy, cliff`, one interval in six still ends too low.
 - Where no strength fails, the answer is one-sided, and it holds when its low end is not above the truth.
 - A search goes through the items {passes:.1f} times for a curve, on the mean of the lines.
 - Widths and sparsities are in points of a hundred.
