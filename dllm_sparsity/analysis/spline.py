@@ -76,7 +76,7 @@ def smooth(
     place = place + _APART * np.arange(len(place))
     covariance = covariance + np.eye(len(place)) * (_LEAST * scale) ** 2
     trend, ahead = (np.stack([np.ones_like(at), at], axis=1) for at in (place, mesh))
-    among, across = (np.repeat(_bend(place, at, corner), len(_BENDS), axis=0) for at in (place, mesh))
+    among, across = (_bend(place[:, None], at, corner) for at in (place, mesh))
     bends = (np.tile(_BENDS, len(among) // len(_BENDS)) * scale)[:, None, None] ** 2
     whole = covariance + bends * among
     inverse = np.linalg.inv(whole)
@@ -90,7 +90,7 @@ def smooth(
     evidence[len(_HASTES) * len(_BENDS) :] -= _RARE
     drawn = pulled.swapaxes(1, 2) + lack @ unsure @ trend.T @ inverse  # from heights to the curve
     means = drawn @ height
-    own = bends[..., 0] * (_own(mesh, corner) - (across * pulled).sum(1)) + ((lack @ unsure) * lack).sum(2)
+    own = bends[..., 0] * (_bend(mesh, mesh, corner) - (across * pulled).sum(1)) + ((lack @ unsure) * lack).sum(2)
     weights = np.exp(evidence - evidence.max())
     weights /= weights.sum()
     value = weights @ means
@@ -102,9 +102,10 @@ def smooth(
         there = bends * across[:, :, ::EVERY] + more[0]
         behind = inverse @ there
         short = ahead[::EVERY] - behind.swapaxes(1, 2) @ trend
-        shared = bends * (np.repeat(_bend(mesh, at, corner), len(_BENDS), axis=0) - across.swapaxes(1, 2) @ behind)
+        shared = bends * (_bend(mesh[:, None], at, corner) - across.swapaxes(1, 2) @ behind)
         shared += lack @ unsure @ short.swapaxes(1, 2)
-        left = bends[..., 0] * _own(at, corner) + more[1] - (there * behind).sum(1) + ((short @ unsure) * short).sum(2)
+        left = bends[..., 0] * _bend(at, at, corner) + more[1] - (there * behind).sum(1)
+        left += ((short @ unsure) * short).sum(2)
         gains = np.tensordot(weights, shared**2 / np.maximum(left, covariance[0, 0])[:, None], 1)
     return Smooth(mesh, value, error, noise, gains)
 
@@ -114,34 +115,21 @@ def _log(matrices: np.ndarray) -> np.ndarray:
 
 
 def _bend(here: np.ndarray, there: np.ndarray, corner: float | None) -> np.ndarray:
-    """Return the covariance of a random curve whose slope is a random walk from zero on.
+    """Return the covariance of a random curve whose slope is a random walk from zero on, at pairs of places.
 
     Returns:
-        One for each haste; where there is a corner, one that bends much more from there on.
+        For each haste, and where there is a corner for a curve that bends much more from there on, one for each of
+        `_BENDS`.
     """
     walks = _walks(here, there)
-    if corner is None:
-        return walks
-    behind = [np.maximum(at - corner, 0.0) for at in (here, there)]
-    return np.concatenate([walks, walks[:1] + (_SHARP**2 - 1) * _walks(*behind)[:1]])
+    if corner is not None:
+        behind = _walks(np.maximum(here - corner, 0.0), np.maximum(there - corner, 0.0))
+        walks = np.concatenate([walks, walks[:1] + (_SHARP**2 - 1) * behind[:1]])
+    return np.repeat(walks, len(_BENDS), axis=0)
 
 
 def _walks(here: np.ndarray, there: np.ndarray) -> np.ndarray:
-    both, product, near = here[:, None] + there, here[:, None] * there, np.minimum(here[:, None], there)
-    twice = 2 * _HASTES[:, None, None]
+    both, product, near = here + there, here * there, np.minimum(here, there)
+    twice = 2 * _HASTES.reshape(-1, *[1] * near.ndim)
     walk = product / (twice + 1) - both * near / (twice + 2) + near**2 / (twice + 3)
     return (2 * near) ** twice * near * walk
-
-
-def _own(at: np.ndarray, corner: float | None) -> np.ndarray:
-    """Return the variance of the same curve."""
-    own = _walks_own(at)
-    if corner is not None:
-        own = np.concatenate([own, own[:1] + (_SHARP**2 - 1) * _walks_own(np.maximum(at - corner, 0.0))[:1]])
-    return np.repeat(own, len(_BENDS), axis=0)
-
-
-def _walks_own(at: np.ndarray) -> np.ndarray:
-    twice = 2 * _HASTES[:, None]
-    walk = 1 / (twice + 1) - 2 / (twice + 2) + 1 / (twice + 3)
-    return (2 * at) ** twice * at**3 * walk

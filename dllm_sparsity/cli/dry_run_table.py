@@ -30,7 +30,7 @@ def table(parts: Sequence[Part], width: int) -> Any:
     taken = [max(map(len, own)) for own in zip(_NUMBERS, *(numbers for *_, numbers in rows), strict=True)]
     gap = _GAP if sum(taken) + len(taken) * _GAP + 2 * _NAME < width - 8 else 1
     room = width - sum(taken) - gap * (len(taken) + 1) - 1
-    models, tasks = ({name for *names, _ in rows for name in (names[column],)} for column in (0, 1))
+    models, tasks = ({row[column] for row in rows} for column in (0, 1))
     longest = max((len(word) for name in tasks for word in _words(name)), default=0)
     task = max(longest, room - max(_NAME, *map(len, models)), room // 2) if rows else _NAME
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 1, 0, 0))
