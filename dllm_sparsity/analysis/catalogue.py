@@ -57,6 +57,12 @@ def _cliff(s: np.ndarray) -> np.ndarray:
     return 0.003 * x + 60.0 * np.maximum(x - 0.82, 0) ** 2
 
 
+def _brink(s: np.ndarray) -> np.ndarray:
+    """Lose nearly nothing for longer, then everything."""
+    x = sparsity_at(s)
+    return 0.003 * x + 300.0 * np.maximum(x - 0.88, 0) ** 2
+
+
 WORLDS = (
     World("accuracy, monotone", "accuracy", _power(1.5, 5), 4000),
     World("accuracy, steep", "accuracy", _power(60.0, 8), 4000, flips=0.1),
@@ -159,6 +165,10 @@ WORLDS = (
         ),
         held_out=True,
     ),
-    World("accuracy, cliff", "accuracy", _scaled(_cliff, 2), 4000, skill=0.5),
+    World("accuracy, grazes, then a cliff", "accuracy", _scaled(_cliff, 2), 4000, skill=0.5),
     World("NLL, cliff", "nll", _cliff, 1000),
+    World("accuracy, cliff", "accuracy", _scaled(_cliff, 2), 4000, flips=0.1, skill=0.5),
+    World("accuracy, cliff, 98 % kept", "accuracy", _scaled(_cliff, 2), 4000, 0.98, skill=0.5),
+    World("accuracy, brink, 98 % kept", "accuracy", _brink, 2500, 0.98, flips=0.2, skill=0.9),
+    World("NLL, brink", "nll", _brink, 800),
 )

@@ -24,6 +24,8 @@ _HALF, _TAIL = 0.8, 1.7
 curve with this slope is a normal one, nearly."""
 _KNEE = 12.0
 """From where on a margin is drawn near to the threshold, in dense margins."""
+_LOST = 0.5
+"""Share of the dense margin that is lost behind the edge of a cliff, rather than before it."""
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,18 @@ def _curve(points: Margins, mesh: np.ndarray, block: range | None) -> tuple[Smoo
         there = np.interp(mesh[::EVERY], points.place, slope)
         more = cross * np.outer(slope, there), variance * there**2
     covariance = points.covariance * np.outer(slope, slope)
-    curve = smooth(points.place, height, covariance, mesh, more, _corner(points))
+    curve = smooth(points.place, height, covariance, mesh, more, _corners(points))
     return curve, knee * np.sinh(curve.value / knee)
 
 
-def _corner(points: Margins) -> float | None:
-    """Return the last point before the first that fails beyond doubt, or None where none fails."""
-    fails = np.flatnonzero(points.margin + _Z * np.sqrt(np.diag(points.covariance)) < 0)
-    return float(points.place[max(fails[0] - 1, 0)]) if len(fails) else None
+def _corners(points: Margins) -> list[float]:
+    """Return where a cliff may begin: the last points before part of the dense margin may be, and surely is, lost."""
+    part, errors = _LOST * points.margin[0], np.sqrt(np.diag(points.covariance))
+    lost = points.margin + _Z * errors < part
+    if not lost.any():
+        return []
+    first = {int(lost.argmax()), int((points.margin - errors < part).argmax())}
+    return [float(points.place[max(number - 1, 0)]) for number in sorted(first)]
 
 
 def _mesh(place: np.ndarray, ended: bool) -> np.ndarray:

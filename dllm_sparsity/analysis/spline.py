@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 _BENDS = np.geomspace(20.0, 5000.0, 6)
 """How strongly a curve may bend, in the height of its first point; each is weighed by how well it fits the points."""
-_HASTES = np.array([0.0, 0.5])
+_HASTES = (0.0, 0.5)
 """Powers with which the bend grows along the curve, weighed likewise; half as far as one, it is as `_BENDS` says."""
-_SHARP, _RARE = 30.0, 6.0
+_SHARPS, _RARE = np.geomspace(30.0, 300.0, 3), 4.0
 """How much more a curve may bend behind a corner, and by how much, in logarithms, its evidence must be better: without
 one, a long flat part says that a cliff behind it is a bend at once."""
+_SLIGHT = 0.01
+"""Weight, in that of the heaviest, below which a way to bend is left out: the wildest are so wide that they would count
+though nothing speaks for them."""
 _LEAST = 1e-4
 """Smallest error of a point, in the height of the first: keeps points without noise apart."""
 _APART = 1e-7
@@ -54,7 +58,7 @@ def smooth(
     covariance: np.ndarray,
     mesh: np.ndarray,
     more: tuple[np.ndarray, np.ndarray] | None = None,
-    corner: float | None = None,
+    corners: Sequence[float] = (),
 ) -> Smooth:
     """Return a cubic smoothing spline and its standard error, averaged over how far the curve bends and where.
 
@@ -65,7 +69,7 @@ def smooth(
         mesh: Where the curve is wanted.
         more: Of one more point at every `EVERY`-th place of the mesh: the covariance of its error with those of the
             points, (points, places), and its variance. None where nobody asks.
-        corner: From where on the curve may bend much more than before, weighed likewise; None for nowhere.
+        corners: Places from one of which on the curve may bend much more than before, weighed likewise.
 
     Source: Wahba 1978, Improper priors, spline smoothing and the problem of guarding against model errors in
         regression; Nychka 1988, Bayesian confidence intervals for smoothing splines. Differs: the bend is averaged over
@@ -76,23 +80,14 @@ def smooth(
     place = place + _APART * np.arange(len(place))
     covariance = covariance + np.eye(len(place)) * (_LEAST * scale) ** 2
     trend, ahead = (np.stack([np.ones_like(at), at], axis=1) for at in (place, mesh))
-    among, across = (_bend(place[:, None], at, corner) for at in (place, mesh))
-    bends = (np.tile(_BENDS, len(among) // len(_BENDS)) * scale)[:, None, None] ** 2
-    whole = covariance + bends * among
-    inverse = np.linalg.inv(whole)
-    information = trend.T @ inverse @ trend
-    unsure = np.linalg.inv(information)
-    line = unsure @ (trend.T @ (inverse @ height)[..., None])
-    rest = height[:, None] - trend @ line
+    weights, way, bends, inverse, unsure = _ways(place, height, covariance, scale, corners)
+    across = _walks(place[:, None], mesh, corners)[way]
     pulled = bends * (inverse @ across)
     lack = ahead - pulled.swapaxes(1, 2) @ trend
-    evidence = -(_log(whole) + _log(information) + (rest * (inverse @ rest)).sum((1, 2))) / 2
-    evidence[len(_HASTES) * len(_BENDS) :] -= _RARE
     drawn = pulled.swapaxes(1, 2) + lack @ unsure @ trend.T @ inverse  # from heights to the curve
     means = drawn @ height
-    own = bends[..., 0] * (_bend(mesh, mesh, corner) - (across * pulled).sum(1)) + ((lack @ unsure) * lack).sum(2)
-    weights = np.exp(evidence - evidence.max())
-    weights /= weights.sum()
+    own = bends[..., 0] * (_walks(mesh, mesh, corners)[way] - (across * pulled).sum(1))
+    own += ((lack @ unsure) * lack).sum(2)
     value = weights @ means
     noise = np.sqrt(weights @ ((drawn @ covariance) * drawn).sum(2))
     error = np.sqrt(weights @ (np.maximum(own, 0.0) + (means - value) ** 2))
@@ -102,34 +97,56 @@ def smooth(
         there = bends * across[:, :, ::EVERY] + more[0]
         behind = inverse @ there
         short = ahead[::EVERY] - behind.swapaxes(1, 2) @ trend
-        shared = bends * (_bend(mesh[:, None], at, corner) - across.swapaxes(1, 2) @ behind)
+        shared = bends * (_walks(mesh[:, None], at, corners)[way] - across.swapaxes(1, 2) @ behind)
         shared += lack @ unsure @ short.swapaxes(1, 2)
-        left = bends[..., 0] * _bend(at, at, corner) + more[1] - (there * behind).sum(1)
+        left = bends[..., 0] * _walks(at, at, corners)[way] + more[1] - (there * behind).sum(1)
         left += ((short @ unsure) * short).sum(2)
         gains = np.tensordot(weights, shared**2 / np.maximum(left, covariance[0, 0])[:, None], 1)
     return Smooth(mesh, value, error, noise, gains)
+
+
+def _ways(
+    place: np.ndarray, height: np.ndarray, covariance: np.ndarray, scale: float, corners: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ways in which the curve may bend, each weighed by its restricted likelihood.
+
+    Returns:
+        Weights, numbers among `_walks`, and factors of those, the inverse covariance of the points, and the covariance
+        of the straight line below the bend: (ways, ...).
+    """
+    among = _walks(place[:, None], place, corners)
+    way, bend = np.repeat(np.arange(len(among)), len(_BENDS)), np.tile((_BENDS * scale) ** 2, len(among))
+    whole = covariance + bend[:, None, None] * among[way]
+    inverse = np.linalg.inv(whole)
+    trend = np.stack([np.ones_like(place), place], axis=1)
+    information = trend.T @ inverse @ trend
+    unsure = np.linalg.inv(information)
+    rest = height[:, None] - trend @ (unsure @ (trend.T @ (inverse @ height)[..., None]))
+    evidence = -(_log(whole) + _log(information) + (rest * (inverse @ rest)).sum((1, 2))) / 2
+    evidence[way >= len(_HASTES)] -= _RARE
+    weights = np.exp(evidence - evidence.max())
+    kept = weights > _SLIGHT
+    return weights[kept] / weights[kept].sum(), way[kept], bend[kept, None, None], inverse[kept], unsure[kept]
 
 
 def _log(matrices: np.ndarray) -> np.ndarray:
     return np.linalg.slogdet(matrices)[1]
 
 
-def _bend(here: np.ndarray, there: np.ndarray, corner: float | None) -> np.ndarray:
+def _walks(here: np.ndarray, there: np.ndarray, corners: Sequence[float]) -> np.ndarray:
     """Return the covariance of a random curve whose slope is a random walk from zero on, at pairs of places.
 
     Returns:
-        For each haste, and where there is a corner for a curve that bends much more from there on, one for each of
-        `_BENDS`.
+        One for each of `_HASTES`, then for each corner one for each of `_SHARPS`.
     """
-    walks = _walks(here, there)
-    if corner is not None:
-        behind = _walks(np.maximum(here - corner, 0.0), np.maximum(there - corner, 0.0))
-        walks = np.concatenate([walks, walks[:1] + (_SHARP**2 - 1) * behind[:1]])
-    return np.repeat(walks, len(_BENDS), axis=0)
+    walks = [_walk(here, there, haste) for haste in _HASTES]
+    for corner in corners:
+        behind = _walk(np.maximum(here - corner, 0.0), np.maximum(there - corner, 0.0), _HASTES[0])
+        walks += [walks[0] + (sharp**2 - 1) * behind for sharp in _SHARPS]
+    return np.stack(walks)
 
 
-def _walks(here: np.ndarray, there: np.ndarray) -> np.ndarray:
-    both, product, near = here + there, here * there, np.minimum(here, there)
-    twice = 2 * _HASTES.reshape(-1, *[1] * near.ndim)
-    walk = product / (twice + 1) - both * near / (twice + 2) + near**2 / (twice + 3)
+def _walk(here: np.ndarray, there: np.ndarray, haste: float) -> np.ndarray:
+    near, twice = np.minimum(here, there), 2 * haste
+    walk = here * there / (twice + 1) - (here + there) * near / (twice + 2) + near**2 / (twice + 3)
     return (2 * near) ** twice * near * walk

@@ -41,7 +41,7 @@ def test_a_smooth_curve_keeps_to_sure_points_and_doubts_the_gaps():
 
 def test_the_noise_of_a_curve_is_how_it_scatters(monkeypatch):
     monkeypatch.setattr(spline, "_BENDS", np.array([300.0]))
-    monkeypatch.setattr(spline, "_HASTES", np.array([0.5]))
+    monkeypatch.setattr(spline, "_HASTES", (0.5,))
     place, height = np.array([0.0, 0.2, 0.5, 0.6]), np.array([0.01, 0.009, -0.002, -0.01])
     covariance = 1e-6 * np.array([[0.1, 0, 0, 0], [0, 2, 1, 0], [0, 1, 4, 2], [0, 0, 2, 9]])
     mesh = np.linspace(0, 0.7, 8)
@@ -59,6 +59,27 @@ def test_a_steep_end_does_not_leave_the_crossing_unsure():
         dense, *sparse = (sample.column(1 - p, 0, world.items) for p in PAPER_GRID)
         widths.append(profile(dense, sparse, world.threshold).width)
     assert np.mean(widths) < 0.075  # 0.084 where the end bends the whole curve
+
+
+def test_a_cliff_between_two_strengths_may_be_anywhere_between_them():
+    world, held = BY_NAME["accuracy, cliff"], 0
+    designs = ((0.05, 2000), (0.15, 1000), (0.3, 1000), (0.5, 1000), (0.75, 1000), (0.875, 800), (1.0, 64))
+    for seed in range(12):
+        sample = world.draw(seed)
+        sparse = [sample.column(strength, 0, items) for strength, items in designs]
+        low, high = profile(sample.column(0.0, 0, world.items), sparse, world.threshold, ended=True).interval
+        held += low <= world.truth()[0] <= high
+    assert held >= 11  # 2 where the curve may bend but thirty times as much behind its corner
+
+
+def test_ways_to_bend_that_nothing_speaks_for_do_not_widen_a_curve(monkeypatch):
+    place, height = np.array([0.0, 0.2, 0.5, 0.6]), np.array([0.01, 0.009, -0.002, -0.01])
+    mesh, covariance = np.linspace(0, 0.7, 29), 1e-6 * np.eye(4)
+    found = smooth(place, height, covariance, mesh, corners=[0.2])
+    monkeypatch.setattr(spline, "_SLIGHT", 0.0)
+    whole = smooth(place, height, covariance, mesh, corners=[0.2])
+    np.testing.assert_allclose(found.value, whole.value, atol=1e-4)
+    assert (found.error <= whole.error + 1e-4).all()
 
 
 def test_a_gap_below_a_sure_strength_is_not_a_miss():
