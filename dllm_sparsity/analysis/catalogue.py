@@ -63,6 +63,24 @@ def _brink(s: np.ndarray) -> np.ndarray:
     return 0.003 * x + 300.0 * np.maximum(x - 0.88, 0) ** 2
 
 
+def _break(s: np.ndarray) -> np.ndarray:
+    """Fall a little, then at once much faster."""
+    x = sparsity_at(s)
+    return 0.01 * x + 6.0 * np.maximum(x - 0.6, 0) ** 1.5
+
+
+def _plunge(s: np.ndarray) -> np.ndarray:
+    """Lose nearly nothing, then everything within a few points."""
+    x = sparsity_at(s)
+    return 0.004 * x + 0.5 / (1 + np.exp(-(x - 0.55) / 0.01))
+
+
+def _hump_and_cliff(s: np.ndarray) -> np.ndarray:
+    """Improve at first, come back to dense, and fall off a cliff there."""
+    x = sparsity_at(s)
+    return -0.05 * np.sin(np.minimum(x / 0.7, 1) * math.pi) + 40 * np.maximum(x - 0.7, 0) ** 2
+
+
 WORLDS = (
     World("accuracy, monotone", "accuracy", _power(1.5, 5), 4000),
     World("accuracy, steep", "accuracy", _power(60.0, 8), 4000, flips=0.1),
@@ -171,4 +189,9 @@ WORLDS = (
     World("accuracy, cliff, 98 % kept", "accuracy", _scaled(_cliff, 2), 4000, 0.98, skill=0.5),
     World("accuracy, brink, 98 % kept", "accuracy", _brink, 2500, 0.98, flips=0.2, skill=0.9),
     World("NLL, brink", "nll", _brink, 800),
+    World("NLL, break, 98 % kept", "nll", _break, 700, 0.98),
+    World("accuracy, pairs, break, 97 % kept", "accuracy", _break, 3000, 0.97, skill=0.7, together=2, held_out=True),
+    World("accuracy, plunge, 98 % kept", "accuracy", _plunge, 3000, 0.98, flips=0.2, held_out=True),
+    World("NLL, plunge", "nll", _plunge, 1000, held_out=True),
+    World("accuracy, rises, then a cliff", "accuracy", _hump_and_cliff, 2500, flips=0.2, skill=0.4, held_out=True),
 )

@@ -22,6 +22,10 @@ _REACH, _FARTHEST = 0.5, 0.02
 _HALF, _TAIL = 0.8, 1.7
 """Standard errors off the threshold at which a place counts half as unsure, and how fast it counts less: a logistic
 curve with this slope is a normal one, nearly."""
+_SEEN = 0.1
+"""How far off an end of the interval a point may lie that tells of it, in widths."""
+_CLEAR = 2.3
+"""Standard errors below the threshold at which a margin is a clear miss."""
 _KNEE = 12.0
 """From where on a margin is drawn near to the threshold, in dense margins."""
 _LOST = 0.5
@@ -69,6 +73,24 @@ class Profile:
     def width(self) -> float:
         """Return the width of the interval."""
         return self.interval[1] - self.interval[0]
+
+    @property
+    def unseen(self) -> float | None:
+        """Return an end of the interval that no point lies near, so that only the smooth curve tells of it, or None."""
+        near = _SEEN * (self.high - self.low)
+        below, above = self.points[self.points <= self.estimate], self.points[self.points >= self.estimate]
+        if len(above) and above[0] > self.high + near:
+            return self.high
+        return self.low if below[-1] < self.low - near else None
+
+    @property
+    def beyond(self) -> float:
+        """Return a place beyond the last point, where the margin is likely to be a clear miss."""
+        run = self.points[-1] - self.points[-2]
+        slope = (self.margins[-2] - self.margins[-1]) / run if run > 0 else 0.0
+        short = self.margins[-1] + _CLEAR * self.errors[-1]
+        step = short / slope if slope > 0 else run
+        return float(self.points[-1] + np.clip(step, 0.25 * run, 2 * run))
 
     @property
     def candidates(self) -> np.ndarray:

@@ -226,7 +226,7 @@ class Search:
         """Measure strengths on the items at hand until another would not take away much doubt."""
         found = self._look(goal)
         for _ in range(_MOST):
-            strength = None if found.crosses and self._is_narrow(found) else self._strength(found)
+            strength = self._strength(found)
             if strength is None:
                 return
             yield from self._measure(strength)
@@ -267,10 +267,15 @@ class Search:
         return None if strength == self.ladder[0] or strength in self._here else strength
 
     def _place(self, found: Profile) -> float | None:
-        """Return the sparsity at which a point takes away most doubt, or None where none takes away enough."""
+        """Return the sparsity at which a point takes away most doubt, or None where none takes away enough.
+
+        Of an interval that is narrow, an end that was drawn between points far off is measured before it is believed.
+        """
+        if found.crosses and self._is_narrow(found):
+            return found.unseen
         last = found.points[-1]
         if not found.fails and not self.ended and found.high >= last:
-            return _above(found)
+            return found.beyond
         here = np.array([self.columns[strength].sparsity for strength in self._here])
         width = found.high - found.low
         least, most = max(found.low - _BESIDE * width, 1e-9), min(found.high + _BESIDE * width, last)
@@ -288,12 +293,3 @@ def _valued(column: Column) -> Column:
     if not np.bincount(stratum, column.weight).all():
         raise OutOfValues
     return column
-
-
-def _above(found: Profile) -> float:
-    """Return a place beyond the last point, where its margin is likely to be a clear miss."""
-    run = found.points[-1] - found.points[-2]
-    slope = (found.margins[-2] - found.margins[-1]) / run if run > 0 else 0.0
-    short = found.margins[-1] + 2.3 * found.errors[-1]
-    step = short / slope if slope > 0 else run
-    return float(found.points[-1] + np.clip(step, 0.25 * run, 2 * run))

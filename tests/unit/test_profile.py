@@ -82,6 +82,16 @@ def test_ways_to_bend_that_nothing_speaks_for_do_not_widen_a_curve(monkeypatch):
     assert (found.error <= whole.error + 1e-4).all()
 
 
+def test_an_end_that_no_strength_lies_near_is_unseen():
+    sparse = [column(-2.0 - 0.1 * own, own) for own in (0.05, 0.1, 0.2, 0.4)]
+    found = profile(column(-2.0, 0.0), sparse, Threshold(0.99, logarithmic=True, bounded=False))
+    points, wide = found.points, {"estimate": 0.15, "low": 0.1, "high": 0.2}
+    assert replace(found, points=points, **wide).unseen is None
+    assert replace(found, points=points, **wide | {"high": 0.18}).unseen == 0.18
+    assert replace(found, points=points, **wide | {"low": 0.12}).unseen == 0.12
+    assert replace(found, points=points[points < 0.2], **wide).unseen is None  # nothing lies beyond
+
+
 def test_a_gap_below_a_sure_strength_is_not_a_miss():
     world = BY_NAME["accuracy, easy items, 98 % kept"]
     for seed in range(8):
