@@ -31,6 +31,10 @@ def check(context: click.Context, configs: tuple[Path, ...], offline: bool, as_j
     Models are built without memory for their weights. A model's configuration comes from its folder, else from the
     hub or its cache, else from the descriptions that ship with this package; the output says from where.
 
+    Of models that are not on this machine it asks the hub whether you may have them, and how much there is to
+    download for the disk that is there. It compares the weights with the memory, and looks for a mask token, and for
+    a chat template where a task asks for one.
+
     Exit code 0 when all is well; 1 otherwise, with one line for each problem.
     """
     if offline:
@@ -67,7 +71,7 @@ def _check(path: Path, alone: bool, offline: bool) -> StudyCheck | UserError:
         return error
     from dllm_sparsity.study.check import check_study
 
-    found = check_study(config)
+    found = check_study(config, here=True)
     if offline:
         from dataclasses import replace
 
@@ -94,7 +98,11 @@ def _render(path: str, found: StudyCheck | UserError) -> Iterator[Any]:
         yield Text(f"{_PROBLEM}{found.message}; {found.hint}", style="red")
         return
     yield _table(found.models)
-    for label, value in (("sites on every layer", _sites), ("configuration", lambda model: model.source)):
+    for label, value in (
+        ("sites on every layer", _sites),
+        ("configuration", lambda model: model.source),
+        ("files", _files),
+    ):
         yield from (Text(f"{label}: {line}") for line in _grouped(found.models, value))
     yield Text(f"acted on: {', '.join(found.sites)}; {found.cells:,} cells")
     for note in found.notes:
@@ -103,6 +111,14 @@ def _render(path: str, found: StudyCheck | UserError) -> Iterator[Any]:
         yield Text(f"{_PROBLEM}{problem}", style="red")
     if not found.problems:
         yield Text("OK", style="green")
+
+
+def _files(model: ModelCheck) -> str | None:
+    if model.source is None:
+        return None
+    if model.lacking is None:
+        return "not all on this machine (dllm-sparsity fetch CONFIG)"
+    return f"{model.lacking / 1e9:.1f} GB to be fetched" if model.lacking else "on this machine"
 
 
 def _sites(model: ModelCheck) -> str | None:

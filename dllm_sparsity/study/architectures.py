@@ -112,10 +112,10 @@ _unreachable: list[str] = []  # once the hub did not answer, no later model wait
 
 def _from_hub(model: str, revision: str | None) -> dict[str, Any] | None:
     """Return a configuration from the hub or its cache; None where it cannot be had."""
-    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import hf_hub_download
 
-    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1" or bool(_unreachable)
+    offline = not is_hub_reached()
     if not offline and not _answers(model, revision):
         _unreachable.append(model)
         offline = True
@@ -125,6 +125,13 @@ def _from_hub(model: str, revision: str | None) -> dict[str, Any] | None:
         raise UserError(f"{model} has no revision {revision!r}", "look at its branches and tags") from error
     except (hub.HfHubHTTPError, OSError):
         return None  # gated, or not in the cache
+
+
+def is_hub_reached() -> bool:
+    """Tell whether the hub may be asked, and has answered so far."""
+    from huggingface_hub import constants
+
+    return not (constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1" or _unreachable)
 
 
 def _answers(model: str, revision: str | None) -> bool:

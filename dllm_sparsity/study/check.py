@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +13,7 @@ from dllm_sparsity.lm.loading import parse_device
 from dllm_sparsity.sparsity.sites import FFN, expand
 from dllm_sparsity.study import plan
 from dllm_sparsity.study.architectures import Architecture, build, find_architecture, loads
+from dllm_sparsity.study.check_here import local_tokenizer, look_here
 from dllm_sparsity.study.check_search import search_ahead
 from dllm_sparsity.study.check_tasks import check_lengths, check_tasks
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig
@@ -38,6 +39,7 @@ class ModelCheck:
         dtype: As the study asks for.
         mask_token: Its id, or the token as given; None where a model has or needs none.
         ok: Whether nothing is wrong with it.
+        lacking: Bytes of its files that are still to be downloaded; None where nobody asked, or the hub did not tell.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ModelCheck:
     dtype: str = "float32"
     mask_token: str | None = None
     ok: bool = False
+    lacking: int | None = None
 
     @property
     def gigabytes(self) -> dict[str, float]:
@@ -79,11 +82,12 @@ class StudyCheck:
     notes: tuple[str, ...]
 
 
-def check_study(config: StudyConfig) -> StudyCheck:
+def check_study(config: StudyConfig, here: bool = False) -> StudyCheck:
     """Check a study as far as that is possible without weights and data.
 
     Args:
         config: The study, its fields validated.
+        here: Whether to look as well at what this machine has for it, and to ask the hub for what it has not.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -102,6 +106,11 @@ def check_study(config: StudyConfig) -> StudyCheck:
                 f"{model.name}: task {name} scores likelihoods, which this model has none of" for name in scored
             ]
     models = tuple(_check_model(model, config.rules, lengths, problems, notes) for model in config.models)
+    if here:
+        found = look_here(config, models)
+        problems += found.problems
+        notes += found.notes
+        models = tuple(replace(own, lacking=size) for own, size in zip(models, found.lacking, strict=True))
     asked = tuple(dict.fromkeys(site for rule in config.rules for site in rule.sites))
     distinct = tuple(dict.fromkeys(problems))
     return StudyCheck(config.name, len(plan.expand(config)), asked, models, distinct, tuple(dict.fromkeys(notes)))
@@ -249,19 +258,15 @@ def _mask_token(model: ModelConfig, architecture: Architecture, built: Any, note
     from dllm_sparsity.diffusion.tokens import find_mask_id
 
     given, own = model.mask_token, architecture.config.get("mask_token_id")
-    tokenizer: Any = None
-    if architecture.source == "folder":
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(architecture.model, trust_remote_code=model.trust_remote_code)
-        except (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError) as error:
-            raise UserError(f"its tokenizer cannot be loaded: {error}", "look at the folder") from error
-    elif given is not None and not str(given).isdecimal():
-        notes.append(f"{model.name}: mask token {given!r} was not looked up: no tokenizer is at hand")
-        return str(given)
-    elif given is None and own is None:
-        raise UserError("no mask token is known", f"give mask_token; for a model that has none, {_OWN_LOOP}")
+    tokenizer = local_tokenizer(model)
+    if tokenizer is None:
+        if architecture.source == "folder":
+            raise UserError("its folder holds no tokenizer", "save one beside the model with save_pretrained")
+        if given is not None and not str(given).isdecimal():
+            notes.append(f"{model.name}: mask token {given!r} was not looked up: no tokenizer is at hand")
+            return str(given)
+        if given is None and own is None:
+            raise UserError("no mask token is known", f"give mask_token; for a model that has none, {_OWN_LOOP}")
     shape = SimpleNamespace(
         config=SimpleNamespace(mask_token_id=own), get_input_embeddings=lambda: built.get_input_embeddings()
     )

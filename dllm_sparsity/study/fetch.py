@@ -52,10 +52,10 @@ def needs(config: StudyConfig) -> list[Need]:
     Raises:
         UserError: A model or task does not exist or may not be read, or the disk has no room for it.
     """
-    found = [_model(model) for model in _distinct(config.models)]
+    found = [model_need(model) for model in _distinct(config.models)]
     for spec in config.tasks:
         found.append(_task(spec))
-    _check_room(found)
+    check_room(sum(need.missing or 0 for need in found))
     return found
 
 
@@ -114,7 +114,15 @@ def _hub(download: Any, model: ModelConfig, **more: Any) -> Any:
         ) from error
 
 
-def _model(model: ModelConfig) -> Need:
+def model_need(model: ModelConfig) -> Need:
+    """Ask the hub what a model needs.
+
+    Args:
+        model: The model.
+
+    Raises:
+        UserError: It does not exist, may not be read, or has no safetensors.
+    """
     from dllm_sparsity.lm.loading import check_exists
 
     name = resolve(model.model)
@@ -183,10 +191,17 @@ def _file(name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _check_room(found: list[Need]) -> None:
+def check_room(wanted: int) -> None:
+    """Refuse a download that the disk of the hub's cache has no room for.
+
+    Args:
+        wanted: Its bytes.
+
+    Raises:
+        UserError: There is not as much.
+    """
     from huggingface_hub import constants
 
-    wanted = sum(need.missing or 0 for need in found)
     place = Path(constants.HF_HUB_CACHE)
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -12,6 +12,7 @@ from dllm_sparsity.study.config import ModelConfig, StudyConfig
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 INDEX = "model.safetensors.index.json"
+TOKENIZER = "its tokenizer"
 
 
 def go_offline() -> None:
@@ -94,7 +95,7 @@ def missing_files(model: ModelConfig) -> list[str]:
         if not (folder.is_dir() and any(folder.glob("*.safetensors"))):
             lacking.append("model.safetensors")
     if not any(_find(name, file, model.revision) for file in _TOKENIZERS):
-        lacking.append("its tokenizer")
+        lacking.append(TOKENIZER)
     return lacking
 
 

@@ -1,6 +1,7 @@
 """dllm-sparsity check: what it shows, what it finds wrong, and that it reads no weight."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +250,28 @@ def test_diffusion_gemma_is_covered_in_both_stacks_and_needs_its_pipeline():
     assert found.models[0].ok
     found = check.check_study(build_config(study(**{**with_pipeline, "tasks": [{"name": "piqa"}, {"name": "gsm8k"}]})))
     assert found.problems == (f"{found.models[0].name}: task piqa scores likelihoods, which this model has none of",)
+
+
+def test_a_chat_template_is_looked_up_where_a_task_asks_for_one(tmp_path, material):
+    chat = [{"name": "easy_endings", "chat_template": True}]
+    found = check.check_study(build_config(study(tasks=chat)), here=True)
+    assert found.problems == ("autoregressive: its tokenizer has no chat template; turn chat_template off",)
+    folder = tmp_path / "ar"
+    shutil.copytree(material / "ar", folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert check.check_study(build_config(study(tasks=chat, **ar(folder))), here=True).problems == ()
+    (away,) = dm("GSAI-ML/LLaDA-8B-Base", trust_remote_code=True).values()
+    found = check.check_study(build_config(study(tasks=chat, models=away)), here=True)
+    assert any("chat template was not looked up" in note for note in found.notes)
+
+
+def test_weights_that_do_not_fit_are_noted(monkeypatch):
+    found = check.check_study(build_config(study()), here=True)
+    assert (found.notes, found.models[0].lacking) == ((), 0)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 10**7}))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (note,) = check.check_study(build_config(study()), here=True).notes
+    assert "the memory of cpu here is 0.0" in note
 
 
 def test_a_configuration_from_the_hub_comes_before_the_shipped_one(monkeypatch, tmp_path):

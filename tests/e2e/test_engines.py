@@ -77,12 +77,13 @@ def actor():
     raise LookupError("no actor runs")
 
 
-def test_processes_of_which_one_is_killed(study, expected, tmp_path, killing):
+def test_processes_of_which_one_is_killed(study, expected, tmp_path, killing, caplog):
     gone = killing(lambda: min(each.pid for each in multiprocessing.active_children()))
     compare(study, tmp_path / "run", engine=Engine(workers=2))
     assert gone
     assert "worker" in (log := (tmp_path / "run" / "log.txt").read_text())
     assert "died and is replaced" in log
+    assert "workers that died and were replaced: 1; log.txt says how" in caplog.messages
     assert numbers(tmp_path / "run") == expected
 
 

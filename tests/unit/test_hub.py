@@ -7,7 +7,8 @@ from huggingface_hub import constants
 from dllm_sparsity.cli.fetch import fetch as command
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.loading import check_exists
-from dllm_sparsity.study import fetch, offline
+from dllm_sparsity.study import architectures, fetch, offline
+from dllm_sparsity.study.check import check_study
 from dllm_sparsity.study.config import ModelConfig, build_config
 
 
@@ -132,6 +133,38 @@ def test_code_comes_only_where_it_is_trusted(served, material, tmp_path):
     names = {path.name for path in tmp_path.rglob("snapshots/*/*")}
     assert "modeling_x.py" in names
     assert "pytorch_model.bin" not in names
+
+
+def test_check_says_what_is_to_be_downloaded_and_whether_there_is_room(served, material, monkeypatch):
+    _, files = served
+    monkeypatch.setattr(architectures, "_unreachable", [])
+    config = study("free/model", material)
+    found = check_study(config, here=True)
+    assert found.problems == ()
+    assert found.models[0].lacking == sum(map(len, files.values())) - len(files["config.json"])
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 10}))
+        assert "are to be downloaded, the disk of" in check_study(config, here=True).problems[0]
+    fetch.fetch(config, fetch.needs(config)[0])
+    assert check_study(config, here=True).models[0].lacking == 0
+
+
+def test_check_says_that_a_model_is_gated_though_its_description_is_shipped(hub, material, monkeypatch):
+    monkeypatch.setattr(architectures, "_unreachable", [])
+    hub.add("meta-llama/Llama-3.1-8B", {"config.json": b"{}"}, gated=True)
+    found = check_study(study("meta-llama/Llama-3.1-8B", material), here=True)
+    assert found.models[0].source == "shipped description"
+    assert len(found.problems) == 1
+    assert "is gated, and you are not logged in; hf auth login" in found.problems[0]
+
+
+def test_check_of_a_hub_that_does_not_answer_says_what_is_not_known(hub, material, monkeypatch):
+    monkeypatch.setattr(architectures, "_unreachable", [])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.close()
+    found = check_study(study("meta-llama/Llama-3.1-8B", material), here=True)
+    assert found.problems == ()
+    assert "the hub was not reached: whether it gives Llama-3.1-8B to you is not known" in found.notes
 
 
 def test_pickles_alone_are_refused(hub, material):

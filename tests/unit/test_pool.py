@@ -15,6 +15,7 @@ from dllm_sparsity.lm.items import Target
 from dllm_sparsity.lm.journal import Work
 from dllm_sparsity.sparsity.reading import NonFiniteError
 from dllm_sparsity.study.engines import Engine, Share, slurm
+from dllm_sparsity.study.engines.local import count_workers
 from dllm_sparsity.study.engines.pool import Pool
 from dllm_sparsity.study.engines.runner import open_pool
 from dllm_sparsity.study.records import checksums, find_damage
@@ -148,6 +149,13 @@ def test_how_engines_are_named():
     found = Engine.parse("slurm", 4, options=("slurm_partition=a100", "timeout_min=90"))
     assert found.options == {"slurm_partition": "a100", "timeout_min": 90}
     assert found.workers == 4
+
+
+@pytest.mark.parametrize(("device", "hint"), [("cpu", "leave --gpus-per-worker out"), ("cuda:1", "use --device cuda")])
+def test_gpus_that_a_device_does_not_have_are_not_shared_out(device, hint):
+    with pytest.raises(UserError, match=f"2 GPUs for each worker, but device {device} has none") as error:
+        count_workers(Engine(gpus_per_worker=2), device)
+    assert error.value.hint == hint
 
 
 def test_jobs_of_slurm_are_not_done_here(tmp_path):

@@ -47,10 +47,15 @@ def count_workers(engine: Engine, device: str) -> tuple[int, list[str]]:
         device: The study's device.
 
     Raises:
-        UserError: More workers are asked for than there are GPUs for.
+        UserError: There are not the GPUs that the workers ask for.
     """
     gpus = visible_gpus() if device in ("auto", "cuda") else []
     workers = engine.workers
+    if engine.gpus_per_worker > 1 and not gpus:
+        raise UserError(
+            f"{engine.gpus_per_worker} GPUs for each worker, but device {device} has none to share out",
+            "leave --gpus-per-worker out" if device in ("auto", "cpu") else "use --device cuda",
+        )
     if workers is None:
         workers = max(1, len(gpus) // engine.gpus_per_worker)
     elif device.startswith("cuda:") and workers > 1:

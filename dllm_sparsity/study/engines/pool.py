@@ -64,7 +64,8 @@ class Pool:
     ) -> None:
         self._start, self._died, self._seed = start, died, seed
         self._members: list[_Member] = []
-        self.deaths = 0
+        self.deaths = 0  # since a batch was last answered
+        self.replaced = 0
         self.accept: Callable[[dict[str, Any]], None] = lambda described: None
         """Raises where a worker, which describes itself, may not answer."""
         try:
@@ -186,6 +187,7 @@ class Pool:
         """Put a new worker in the place of a dead one; it is given batches when it is there."""
         number = self._members.index(member)
         self.deaths += 1
+        self.replaced += 1
         _log.warning("worker %d died and is replaced: %s", number, " ".join(str(error).split())[:300])
         member.handle.stop()
         if self.deaths > _DEATHS * len(self._members):

@@ -133,6 +133,8 @@ def run_study(
         if pool is not None:
             pool.close()
         if rundir is not None:
+            if pool is not None and pool.replaced:
+                rundir.tell(f"workers that died and were replaced: {pool.replaced}; {rundir.log.name} says how")
             rundir.say()
 
 
