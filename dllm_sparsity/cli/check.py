@@ -116,9 +116,12 @@ def _render(path: str, found: StudyCheck | UserError) -> Iterator[Any]:
 def _files(model: ModelCheck) -> str | None:
     if model.source is None:
         return None
-    if model.lacking is None:
-        return "not all on this machine (dllm-sparsity fetch CONFIG)"
-    return f"{model.lacking / 1e9:.1f} GB to be fetched" if model.lacking else "on this machine"
+    if model.lacking == 0:
+        return "on this machine"
+    if model.source == "folder":
+        return "not all in the folder"
+    size = "size not known" if model.lacking is None else f"{model.lacking / 1e9:.1f} GB"
+    return f"to be fetched, {size}: dllm-sparsity fetch CONFIG"
 
 
 def _sites(model: ModelCheck) -> str | None:

@@ -110,7 +110,8 @@ def check_study(config: StudyConfig, here: bool = False) -> StudyCheck:
         found = look_here(config, models)
         problems += found.problems
         notes += found.notes
-        models = tuple(replace(own, lacking=size) for own, size in zip(models, found.lacking, strict=True))
+        seen = zip(models, found.lacking, found.fine, strict=True)
+        models = tuple(replace(own, lacking=size, ok=own.ok and fine) for own, size, fine in seen)
     asked = tuple(dict.fromkeys(site for rule in config.rules for site in rule.sites))
     distinct = tuple(dict.fromkeys(problems))
     return StudyCheck(config.name, len(plan.expand(config)), asked, models, distinct, tuple(dict.fromkeys(notes)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +27,14 @@ class Here:
     Args:
         problems: What has to be put right, one line each.
         notes: What is worth knowing.
-        lacking: Bytes of each model that are still to be downloaded, None where the hub does not tell.
+        lacking: Bytes of each model that are still to be downloaded, None where that is not known.
+        fine: Whether nothing is wrong with each model.
     """
 
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     lacking: tuple[int | None, ...]
+    fine: tuple[bool, ...]
 
 
 def look_here(config: StudyConfig, models: Sequence[ModelCheck]) -> Here:
@@ -44,27 +47,22 @@ def look_here(config: StudyConfig, models: Sequence[ModelCheck]) -> Here:
     problems: list[str] = []
     notes: list[str] = []
     lacking: list[int | None] = []
+    fine: list[bool] = []
     for model, known in zip(config.models, models, strict=True):
-        if known.source is None:  # that it cannot be had is said already
-            lacking.append(None)
-            continue
-        try:
-            lacking.append(_lacking(model))
-        except UserError as error:
-            problems.append(f"{model.name}: {error.message}; {error.hint}")
-            lacking.append(None)
-        problems += _chat(config, model, notes)
-        if line := _too_large(config, model, known):
-            notes.append(line)
-    known_sizes = {(own.model, own.revision): size or 0 for own, size in zip(config.models, lacking, strict=True)}
+        said, size = _look(config, model, known, notes)
+        problems += said
+        lacking.append(size)
+        fine.append(not said)
+    once = {(own.model, own.revision): size or 0 for own, size in zip(config.models, lacking, strict=True)}
     try:
-        check_room(sum(known_sizes.values()))
+        check_room(sum(once.values()))
     except UserError as error:
         problems.append(f"{error.message}; {error.hint}")
-    unsure = [own.name for own, known in zip(config.models, models, strict=True) if known.source and missing_files(own)]
+    away = [own for own, size in zip(models, lacking, strict=True) if size is None]
+    unsure = [own.name for own in away if own.source in ("hub", "shipped description")]
     if unsure and not is_hub_reached():
         notes.append(f"the hub was not reached: whether it gives {', '.join(unsure)} to you is not known")
-    return Here(tuple(problems), tuple(notes), tuple(lacking))
+    return Here(tuple(problems), tuple(notes), tuple(lacking), tuple(fine))
 
 
 def local_tokenizer(model: ModelConfig) -> Any:
@@ -88,14 +86,33 @@ def local_tokenizer(model: ModelConfig) -> Any:
         raise UserError(f"its tokenizer cannot be loaded: {why}", "look at its files, or fetch them again") from error
 
 
-def _lacking(model: ModelConfig) -> int | None:
-    """Return the bytes that are still to be downloaded, None where the hub does not tell.
+def _look(config: StudyConfig, model: ModelConfig, known: ModelCheck, notes: list[str]) -> tuple[list[str], int | None]:
+    """Return what is wrong with a model here, and the bytes of it that are still to be downloaded."""
+    if known.source is None:  # that it cannot be had is said already
+        return [], None
+    problems, size = [], None
+    try:
+        size = _lacking(model, notes)
+    except UserError as error:
+        problems.append(f"{model.name}: {error.message}; {error.hint}")
+    problems += _chat(config, model, notes)
+    if line := _too_large(config, model, known):
+        notes.append(line)
+    return problems, size
+
+
+def _lacking(model: ModelConfig, notes: list[str]) -> int | None:
+    """Return the bytes that are still to be downloaded, None where the hub does not tell, or it is a folder that lacks.
 
     Raises:
         UserError: It does not give the model.
     """
-    if not missing_files(model):
+    files = missing_files(model)
+    if not files:
         return 0
+    if Path(resolve(model.model)).expanduser().is_dir():
+        notes.append(f"{model.name}: its folder lacks {', '.join(files)}")
+        return None
     return model_need(model).missing if is_hub_reached() else None
 
 

@@ -265,6 +265,15 @@ def test_a_chat_template_is_looked_up_where_a_task_asks_for_one(tmp_path, materi
     assert any("chat template was not looked up" in note for note in found.notes)
 
 
+def test_a_folder_that_is_not_whole_is_noted(tmp_path, material):
+    folder = tmp_path / "ar"
+    shutil.copytree(material / "ar", folder)
+    (folder / "model.safetensors").unlink()
+    found = check.check_study(build_config(study(**ar(folder))), here=True)
+    assert found.notes == ("ar: its folder lacks model.safetensors",)
+    assert found.models[0].lacking is None
+
+
 def test_weights_that_do_not_fit_are_noted(monkeypatch):
     found = check.check_study(build_config(study()), here=True)
     assert (found.notes, found.models[0].lacking) == ((), 0)

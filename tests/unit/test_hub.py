@@ -154,7 +154,7 @@ def test_check_says_that_a_model_is_gated_though_its_description_is_shipped(hub,
     hub.add("meta-llama/Llama-3.1-8B", {"config.json": b"{}"}, gated=True)
     found = check_study(study("meta-llama/Llama-3.1-8B", material), here=True)
     assert found.models[0].source == "shipped description"
-    assert len(found.problems) == 1
+    assert (len(found.problems), found.models[0].ok) == (1, False)
     assert "is gated, and you are not logged in; hf auth login" in found.problems[0]
 
 
