@@ -204,8 +204,8 @@ def _corners(points: Margins) -> list[float]:
     lost = points.margin + _Z * errors < part
     if not lost.any():
         return []
-    first = {int(lost.argmax()), int((points.margin - errors < part).argmax())}
-    return [float(points.place[max(number - 1, 0)]) for number in sorted(first)]
+    first = int((points.margin - errors < part).argmax()), int(lost.argmax())
+    return sorted({float(points.place[max(number - 1, 0)]) for number in first})
 
 
 def _mesh(place: np.ndarray, ended: bool) -> np.ndarray:

@@ -136,8 +136,10 @@ class Search:
         try:
             yield from self._rounds()
         except (OutOfBudget, OutOfValues) as end:
+            why = "budget" if isinstance(end, OutOfBudget) else "values"
             for goal in self.goals:
-                goal.stopped = goal.stopped or ("budget" if isinstance(end, OutOfBudget) else "values")
+                narrow = goal.profile is not None and self._is_narrow(goal.profile)
+                goal.stopped = goal.stopped or ("width" if narrow else why)
         return self.goals
 
     def _rounds(self) -> Generator[Ask, Column, None]:

@@ -242,12 +242,12 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   was measured beside it. An early, narrow and shallow fall that comes back, as in `accuracy, wavy`, is often not told
   from a miss, and the interval then reaches from there to the last crossing; to tell takes most items at several low
   strengths, as a grid spends them.
-- Behind the last place that holds, or the last that surely does, the curve may bend thirty to three hundred times as
-  much, where the points say so: else a long flat part, as in the lines with a cliff or a brink, would put the fall
-  right behind the last strength that was measured before it. An end of a narrow interval is measured before it is
-  believed, where no strength lies near it, as of `NLL, break`. What stays just above the threshold before it falls is
-  not told from a miss: in `accuracy, grazes, then a cliff` and `accuracy, rises, then a cliff` it lies within half a
-  standard error of all items, and more intervals end too low.
+- Behind the last point before half the dense margin may be lost, or surely is, the curve may bend thirty to three
+  hundred times as much, where the points say so: else a long flat part, as in the lines with a cliff or a brink, would
+  put the fall right behind the last strength that was measured before it. An end of a narrow interval is measured
+  before it is believed, where no strength lies near it, as of `NLL, break`. What stays just above the threshold before
+  it falls is not told from a miss: in `accuracy, grazes, then a cliff` and `accuracy, rises, then a cliff` it lies
+  within half a standard error of all items, and more intervals end too low.
 - Where no strength fails, the answer is one-sided, and it holds when its low end is not above the truth.
 - A search goes through the items {passes:.1f} times for a curve, on the mean of the lines.
 - Widths and sparsities are in points of a hundred.

@@ -115,7 +115,7 @@ def _from_hub(model: str, revision: str | None) -> dict[str, Any] | None:
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
 
-    offline = not is_hub_reached()
+    offline = why_no_hub() is not None
     if not offline and not _answers(model, revision):
         _unreachable.append(model)
         offline = True
@@ -127,11 +127,13 @@ def _from_hub(model: str, revision: str | None) -> dict[str, Any] | None:
         return None  # gated, or not in the cache
 
 
-def is_hub_reached() -> bool:
-    """Tell whether the hub may be asked, and has answered so far."""
+def why_no_hub() -> str | None:
+    """Return why the hub is not asked: it is offline, or did not answer; None where it may be asked."""
     from huggingface_hub import constants
 
-    return not (constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1" or _unreachable)
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return "the hub is not asked offline"
+    return "the hub was not reached" if _unreachable else None
 
 
 def _answers(model: str, revision: str | None) -> bool:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.study.architectures import is_hub_reached
+from dllm_sparsity.lm.loading import find_device
+from dllm_sparsity.study.architectures import why_no_hub
 from dllm_sparsity.study.config import ModelConfig, StudyConfig
-from dllm_sparsity.study.fetch import check_room, model_need
+from dllm_sparsity.study.fetch import check_room, distinct, key_of, model_need
 from dllm_sparsity.study.models import choose_device, resolve
 from dllm_sparsity.study.offline import TOKENIZER, missing_files
 
@@ -48,20 +49,26 @@ def look_here(config: StudyConfig, models: Sequence[ModelCheck]) -> Here:
     notes: list[str] = []
     lacking: list[int | None] = []
     fine: list[bool] = []
+    sources = {key_of(own): known.source for own, known in zip(config.models, models, strict=True)}
+    sizes = {key_of(own): _lacking(own, notes) for own in distinct(config.models) if sources[key_of(own)] is not None}
     for model, known in zip(config.models, models, strict=True):
-        said, size = _look(config, model, known, notes)
+        said = [] if known.source is None else [*_chat(config, model, notes)]  # that it cannot be had is said already
+        size = sizes.get(key_of(model))
+        if isinstance(size, UserError):
+            said, size = [f"{model.name}: {size.message}; {size.hint}", *said], None
+        if line := _too_large(config, model, known):
+            notes.append(line)
         problems += said
         lacking.append(size)
         fine.append(not said)
-    once = {(own.model, own.revision): size or 0 for own, size in zip(config.models, lacking, strict=True)}
     try:
-        check_room(sum(once.values()))
+        check_room(sum(size for size in sizes.values() if isinstance(size, int)))
     except UserError as error:
         problems.append(f"{error.message}; {error.hint}")
     away = [own for own, size in zip(models, lacking, strict=True) if size is None]
     unsure = [own.name for own in away if own.source in ("hub", "shipped description")]
-    if unsure and not is_hub_reached():
-        notes.append(f"the hub was not reached: whether it gives {', '.join(unsure)} to you is not known")
+    if unsure and (why := why_no_hub()):
+        notes.append(f"{why}: whether it gives {', '.join(unsure)} to you is not known")
     return Here(tuple(problems), tuple(notes), tuple(lacking), tuple(fine))
 
 
@@ -72,48 +79,35 @@ def local_tokenizer(model: ModelConfig) -> Any:
         model: The model.
 
     Raises:
-        UserError: Its files cannot be read.
+        UserError: The files in its folder cannot be read.
     """
     if TOKENIZER in missing_files(model):
         return None
     from transformers import AutoTokenizer
 
+    name = resolve(model.model)
     keys: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        return AutoTokenizer.from_pretrained(resolve(model.model), local_files_only=True, **keys)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, **keys)
     except (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError) as error:
+        if not Path(name).expanduser().is_dir():  # the cache may hold some of its files
+            return None
         why = " ".join(str(error).split())[:160]
-        raise UserError(f"its tokenizer cannot be loaded: {why}", "look at its files, or fetch them again") from error
+        raise UserError(f"its tokenizer cannot be loaded: {why}", "look at the folder") from error
 
 
-def _look(config: StudyConfig, model: ModelConfig, known: ModelCheck, notes: list[str]) -> tuple[list[str], int | None]:
-    """Return what is wrong with a model here, and the bytes of it that are still to be downloaded."""
-    if known.source is None:  # that it cannot be had is said already
-        return [], None
-    problems, size = [], None
+def _lacking(model: ModelConfig, notes: list[str]) -> int | UserError | None:
+    """Return the bytes that are still to be downloaded, or why it cannot be had; None where that is not known."""
     try:
-        size = _lacking(model, notes)
+        files = missing_files(model)
+        if not files:
+            return 0
+        if Path(resolve(model.model)).expanduser().is_dir():
+            notes.append(f"{model.name}: its folder lacks {', '.join(files)}")
+            return None
+        return model_need(model).missing if why_no_hub() is None else None
     except UserError as error:
-        problems.append(f"{model.name}: {error.message}; {error.hint}")
-    problems += _chat(config, model, notes)
-    if line := _too_large(config, model, known):
-        notes.append(line)
-    return problems, size
-
-
-def _lacking(model: ModelConfig, notes: list[str]) -> int | None:
-    """Return the bytes that are still to be downloaded, None where the hub does not tell, or it is a folder that lacks.
-
-    Raises:
-        UserError: It does not give the model.
-    """
-    files = missing_files(model)
-    if not files:
-        return 0
-    if Path(resolve(model.model)).expanduser().is_dir():
-        notes.append(f"{model.name}: its folder lacks {', '.join(files)}")
-        return None
-    return model_need(model).missing if is_hub_reached() else None
+        return error
 
 
 def _chat(config: StudyConfig, model: ModelConfig, notes: list[str]) -> Iterator[str]:
@@ -135,19 +129,19 @@ def _too_large(config: StudyConfig, model: ModelConfig, known: ModelCheck) -> st
     """Return a line where the weights alone do not fit into the memory here; a cluster's may be larger."""
     if model.device_map is not None:
         return None
-    device = choose_device(config.device)
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():  # said where the study runs
-            return None
-        memory = torch.cuda.get_device_properties(torch.device(device)).total_memory
+    try:
+        device = find_device(choose_device(config.device))
+    except UserError:  # another machine's; the study says so where it runs
+        return None
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        advice = "device_map: auto spreads them over GPUs"
     else:
         import psutil
 
-        memory = psutil.virtual_memory().total
+        memory, advice = psutil.virtual_memory().total, "use a smaller dtype or a larger machine"
     weights = known.gigabytes[model.dtype]
     if weights * 1e9 <= memory:
         return None
-    return (
-        f"{model.name}: its weights take {weights:.1f} GB, the memory of {device} here is {memory / 1e9:.1f}; "
-        f"device_map: auto spreads them over several GPUs"
-    )
+    sizes = f"its weights take {weights:.1f} GB, the memory of {device} here is {memory / 1e9:.1f} GB"
+    return f"{model.name}: {sizes}; {advice}"

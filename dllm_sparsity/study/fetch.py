@@ -52,7 +52,7 @@ def needs(config: StudyConfig) -> list[Need]:
     Raises:
         UserError: A model or task does not exist or may not be read, or the disk has no room for it.
     """
-    found = [model_need(model) for model in _distinct(config.models)]
+    found = [model_need(model) for model in distinct(config.models)]
     for spec in config.tasks:
         found.append(_task(spec))
     check_room(sum(need.missing or 0 for need in found))
@@ -78,16 +78,29 @@ def fetch(config: StudyConfig, need: Need) -> None:
         return
     from huggingface_hub import snapshot_download
 
-    for model in _distinct(config.models):
+    for model in distinct(config.models):
         if resolve(model.model) == need.name:
             _hub(snapshot_download, model)
 
 
-def _distinct(models: tuple[ModelConfig, ...]) -> list[ModelConfig]:
-    """Return one configuration for each model and revision, the one with its code where one of them trusts it."""
-    by: dict[tuple[str, str | None, bool], ModelConfig] = {}
+def key_of(model: ModelConfig) -> tuple[str, str, bool]:
+    """Return what tells apart what is downloaded of models: id, revision, and whether folders inside are wanted.
+
+    Args:
+        model: The model.
+    """
+    return model.model, model.revision or "main", bool(getattr(model, "pipeline", None))
+
+
+def distinct(models: tuple[ModelConfig, ...]) -> list[ModelConfig]:
+    """Return one configuration for each model and revision, the one with its code where one of them trusts it.
+
+    Args:
+        models: The models of a study.
+    """
+    by: dict[tuple[str, str, bool], ModelConfig] = {}
     for model in models:
-        key = (model.model, model.revision, bool(getattr(model, "pipeline", None)))
+        key = key_of(model)
         if key not in by or model.trust_remote_code:
             by[key] = model
     return list(by.values())
@@ -108,6 +121,8 @@ def _hub(download: Any, model: ModelConfig, **more: Any) -> Any:
         raise hub_error(resolve(model.model), model.revision, error) from error
     except Exception as error:  # a full disk, or the errors of whatever library the hub's client speaks through
         why = " ".join(str(error).split())[:160]
+        if more.get("dry_run"):
+            raise UserError(f"the hub could not be asked about {resolve(model.model)}: {why}", "try again") from error
         raise UserError(
             f"the download of {resolve(model.model)} stopped: {why}",
             "run the same command again: files that are whole are kept",

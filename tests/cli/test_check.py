@@ -280,7 +280,23 @@ def test_weights_that_do_not_fit_are_noted(monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 10**7}))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (note,) = check.check_study(build_config(study()), here=True).notes
-    assert "the memory of cpu here is 0.0" in note
+    assert "the memory of cpu here is 0.0 GB; use a smaller dtype" in note
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "cuda:x", "cuda"])
+def test_memory_of_a_device_that_is_not_here_is_not_asked_for(device, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: device != "cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert check.check_study(build_config(study(device=device)), here=True).notes == ()
+
+
+def test_an_index_that_cannot_be_read_hides_nothing_else(tmp_path, material):
+    folder = tmp_path / "ar"
+    shutil.copytree(material / "ar", folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    models = [*ar(folder)["models"], *dm("embedded:nothing")["models"]]
+    found = check.check_study(build_config(study(models=models)), here=True)
+    assert [line.partition(":")[0] for line in found.problems] == ["nothing", "ar"]
 
 
 def test_a_configuration_from_the_hub_comes_before_the_shipped_one(monkeypatch, tmp_path):

@@ -158,6 +158,24 @@ def test_check_says_that_a_model_is_gated_though_its_description_is_shipped(hub,
     assert "is gated, and you are not logged in; hf auth login" in found.problems[0]
 
 
+def test_check_asks_once_for_a_model_that_is_given_twice(served, material, monkeypatch):
+    hub, _ = served
+    monkeypatch.setattr(architectures, "_unreachable", [])
+    one = study("free/model", material).models[0]
+    twice = (one, one.model_copy(update={"revision": "main"}))
+    found = check_study(study("free/model", material).model_copy(update={"models": twice}), here=True)
+    assert found.models[0].lacking == found.models[1].lacking
+    assert sum("/tree/" in path for _, path, _ in hub.requests) == 1
+
+
+def test_a_tokenizer_of_which_the_cache_holds_a_part_is_not_at_hand(served, material, monkeypatch):
+    from huggingface_hub import hf_hub_download
+
+    monkeypatch.setattr(architectures, "_unreachable", [])
+    hf_hub_download("free/model", "tokenizer_config.json")
+    assert check_study(study("free/model", material), here=True).problems == ()
+
+
 def test_check_of_a_hub_that_does_not_answer_says_what_is_not_known(hub, material, monkeypatch):
     monkeypatch.setattr(architectures, "_unreachable", [])
     monkeypatch.setattr("time.sleep", lambda seconds: None)

@@ -14,8 +14,7 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.lm.items import Target
 from dllm_sparsity.lm.journal import Work
 from dllm_sparsity.sparsity.reading import NonFiniteError
-from dllm_sparsity.study.engines import Engine, Share, slurm
-from dllm_sparsity.study.engines.local import count_workers
+from dllm_sparsity.study.engines import Engine, Share, local, slurm
 from dllm_sparsity.study.engines.pool import Pool
 from dllm_sparsity.study.engines.runner import open_pool
 from dllm_sparsity.study.records import checksums, find_damage
@@ -151,10 +150,19 @@ def test_how_engines_are_named():
     assert found.workers == 4
 
 
-@pytest.mark.parametrize(("device", "hint"), [("cpu", "leave --gpus-per-worker out"), ("cuda:1", "use --device cuda")])
-def test_gpus_that_a_device_does_not_have_are_not_shared_out(device, hint):
+@pytest.mark.parametrize(
+    ("device", "hint"),
+    [
+        ("cpu", "leave --gpus-per-worker out"),
+        ("cuda", "leave --gpus-per-worker out"),
+        ("mps", "leave --gpus-per-worker out"),
+        ("cuda:1", "use --device cuda"),
+    ],
+)
+def test_gpus_that_a_device_does_not_have_are_not_shared_out(device, hint, monkeypatch):
+    monkeypatch.setattr(local, "visible_gpus", list)
     with pytest.raises(UserError, match=f"2 GPUs for each worker, but device {device} has none") as error:
-        count_workers(Engine(gpus_per_worker=2), device)
+        local.count_workers(Engine(gpus_per_worker=2), device)
     assert error.value.hint == hint
 
 

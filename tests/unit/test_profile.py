@@ -80,6 +80,7 @@ def test_ways_to_bend_that_nothing_speaks_for_do_not_widen_a_curve(monkeypatch):
     whole = smooth(place, height, covariance, mesh, corners=[0.2])
     np.testing.assert_allclose(found.value, whole.value, atol=1e-4)
     assert (found.error <= whole.error + 1e-4).all()
+    assert (whole.error[1:] / found.error[1:]).max() > 1.2
 
 
 def test_an_end_that_no_strength_lies_near_is_unseen():

@@ -52,6 +52,13 @@ def test_an_end_of_the_interval_is_measured_before_it_is_believed():
     assert held >= 11  # 9 where the curve is believed
 
 
+def test_a_budget_that_ends_before_an_end_is_measured_ends_an_answer_that_is_narrow():
+    world = BY_NAME["NLL, break, 98 % kept"]
+    goal, spent = search_study(world.draw(0), Limits(0.064, world.items, 389))
+    assert (goal.stopped, spent <= 389) == ("width", True)
+    assert goal.profile.unseen is not None
+
+
 @pytest.mark.parametrize(("name", "width"), [("NLL, cliff", 0.05), ("NLL, cliff", 0.006), ("NLL, brink", 0.1)])
 def test_a_cliff_behind_a_long_flat_part_is_not_put_where_the_flat_part_ends(name, width):
     world = BY_NAME[name]

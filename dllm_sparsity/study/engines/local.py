@@ -54,7 +54,7 @@ def count_workers(engine: Engine, device: str) -> tuple[int, list[str]]:
     if engine.gpus_per_worker > 1 and not gpus:
         raise UserError(
             f"{engine.gpus_per_worker} GPUs for each worker, but device {device} has none to share out",
-            "leave --gpus-per-worker out" if device in ("auto", "cpu") else "use --device cuda",
+            "use --device cuda" if device.startswith("cuda:") else "leave --gpus-per-worker out",
         )
     if workers is None:
         workers = max(1, len(gpus) // engine.gpus_per_worker)

@@ -187,12 +187,12 @@ class Pool:
         """Put a new worker in the place of a dead one; it is given batches when it is there."""
         number = self._members.index(member)
         self.deaths += 1
-        self.replaced += 1
         _log.warning("worker %d died and is replaced: %s", number, " ".join(str(error).split())[:300])
         member.handle.stop()
         if self.deaths > _DEATHS * len(self._members):
             raise UserError(f"{self.deaths} workers died, and no batch was answered", _SEE_LOG)
         self._members[number] = self._new(number)
+        self.replaced += 1
 
     def close(self) -> None:
         """End all workers."""
