@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from dllm_sparsity.analysis import simulate
 from dllm_sparsity.analysis.catalogue import WORLDS
 from dllm_sparsity.analysis.column import Threshold
 from dllm_sparsity.analysis.search import LADDER, Ask, Limits, Search, boundaries
@@ -68,6 +70,12 @@ def test_a_cliff_behind_a_long_flat_part_is_not_put_where_the_flat_part_ends(nam
         low, high = goal.profile.interval
         held += low <= truth <= high
     assert held >= 11  # of the first, 0 without a corner; of the last, 8 with but one size of it
+
+
+def test_the_shipped_table_has_a_line_for_every_population():
+    text = (Path(simulate.__file__).parent / "COVERAGE.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1].strip().removesuffix(" (held out)") for line in text.splitlines() if "|" in line]
+    assert rows[2:] == [world.name for world in WORLDS]
 
 
 def test_no_block_is_asked_for_twice_and_dense_comes_first():
