@@ -109,6 +109,8 @@ def _render(path: str, found: StudyCheck | UserError) -> Iterator[Any]:
         yield Text(f"note: {note}")
     for problem in found.problems:
         yield Text(f"{_PROBLEM}{problem}", style="red")
+    if any(model.lacking != 0 and model.source not in (None, "folder") for model in found.models):
+        yield Text(f"what is to be fetched comes with: dllm-sparsity fetch {path}")
     if not found.problems:
         yield Text("OK", style="green")
 
@@ -120,8 +122,7 @@ def _files(model: ModelCheck) -> str | None:
         return "on this machine"
     if model.source == "folder":
         return "not all in the folder"
-    size = "size not known" if model.lacking is None else f"{model.lacking / 1e9:.1f} GB"
-    return f"to be fetched, {size}: dllm-sparsity fetch CONFIG"
+    return "to be fetched" if model.lacking is None else f"{model.lacking / 1e9:.1f} GB to be fetched"
 
 
 def _sites(model: ModelCheck) -> str | None:

@@ -105,11 +105,30 @@ def check_exists(model: str, revision: str | None = None) -> None:
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"no such folder: {model}", "check the path; a model on the hub has an id such as org/name")
     try:
-        hf_hub_download(model, "config.json", revision=revision)
+        hf_hub_download(model, "config.json", revision=revision, local_files_only=not is_hub_there(model, revision))
     except HFValidationError as error:
         raise UserError(f"{model!r} is neither a folder nor a hub id", "ids look like org/name") from error
     except (HfHubHTTPError, OSError) as error:
         raise hub_error(model, revision, error) from error
+
+
+def is_hub_there(model: str, revision: str | None) -> bool:
+    """Tell whether the hub answers at all; a download that cannot reach it tries for half a minute.
+
+    Args:
+        model: Hub id.
+        revision: Branch, tag or commit on the hub.
+    """
+    from huggingface_hub import errors as hub
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision), timeout=5)
+    except hub.HfHubHTTPError:
+        return True
+    except Exception:  # the errors of whatever library the hub's client speaks through
+        return False
+    return True
 
 
 def hub_error(model: str, revision: str | None, error: Exception) -> UserError:

@@ -115,8 +115,10 @@ def _from_hub(model: str, revision: str | None) -> dict[str, Any] | None:
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
 
+    from dllm_sparsity.lm.loading import is_hub_there
+
     offline = why_no_hub() is not None
-    if not offline and not _answers(model, revision):
+    if not offline and not is_hub_there(model, revision):
         _unreachable.append(model)
         offline = True
     try:
@@ -134,20 +136,6 @@ def why_no_hub() -> str | None:
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
         return "the hub is not asked offline"
     return "the hub was not reached" if _unreachable else None
-
-
-def _answers(model: str, revision: str | None) -> bool:
-    """Tell whether the hub answers at all; a download that cannot reach it tries for half a minute."""
-    from huggingface_hub import errors as hub
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision), timeout=5)
-    except hub.HfHubHTTPError:
-        return True
-    except Exception:  # the errors of whatever library the hub's client speaks through
-        return False
-    return True
 
 
 def build(architecture: Architecture, trust_remote_code: bool = False) -> nn.Module:

@@ -83,9 +83,11 @@ def test_offline_and_not_cached(hub, monkeypatch):
 
 
 def test_the_hub_does_not_answer(hub, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of the client's retries
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)  # of the client's retries
     hub.close()
     assert "the hub cannot be reached" in told("free/model")[0]
+    assert waits == []
 
 
 def test_no_such_revision_and_no_config(hub):
