@@ -234,10 +234,10 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   many items as give the search's median width, where that is wider than `width at 95 %` (a width falls with the square
   root of the items); and the same against the width that the grid claims.
 - At the width at 95 %, {cheap} of {lines} lines cost at most a sixth of the grid (6.0); at the median it is
-  1 in {median:.1f}. Most others have gone through all items while the interval is still wider than the grid's: it is
-  read off few strengths, most of them measured on some of the items.
+  1 in {median:.1f}, of all lines together 1 in {together:.1f}. Most others have gone through all items while the
+  interval is still wider than the grid's: it is read off few strengths, most of them measured on some of the items.
 - `too low` and `too high` are the shares of intervals that lie wholly below and above the truth. In {studies}
-  studies, a true coverage of 95 % shows within {within:.1f} points of it, in 19 lines of 20.
+  studies, a true 95 % shows within {within:.1f} points of it, in 19 lines of 20; all together hold it in {held:.1f} %.
 - A search takes for granted that the curve is smooth, the more so where little is dropped: it reads a place from what
   was measured beside it. An early, narrow and shallow fall that comes back, as in `accuracy, wavy`, is often not told
   from a miss, and the interval then reaches from there to the last crossing; to tell takes most items at several low
@@ -279,13 +279,15 @@ def page(tallies: Sequence[Tally], studies: int, count: int) -> str:
         studies: Searches of each.
         count: Grids of each.
     """
-    ratios = np.array([own.at_width(own.asked) for own in tallies])
+    ratios, spent = np.array([(own.at_width(own.asked), own.spent) for own in tallies]).T
     return _TEXT.format(
         studies=studies,
         grids=count,
         table=table(tallies),
         draws=_DRAWS,
-        passes=float(np.mean([own.spent for own in tallies])),
+        passes=float(spent.mean()),
+        together=float((ratios * spent).sum() / spent.sum()),
+        held=100 * float(np.mean([own.covered for own in tallies])),
         cheap=int((ratios >= _SIXTH).sum()),
         lines=len(ratios),
         median=float(np.median(ratios)),
