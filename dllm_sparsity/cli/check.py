@@ -110,7 +110,7 @@ def _render(path: str, found: StudyCheck | UserError) -> Iterator[Any]:
     for problem in found.problems:
         yield Text(f"{_PROBLEM}{problem}", style="red")
     if any(model.lacking != 0 and model.source not in (None, "folder") for model in found.models):
-        yield Text(f"what is to be fetched comes with: dllm-sparsity fetch {path}")
+        yield Text(f"to fetch what is missing: dllm-sparsity fetch {path}")
     if not found.problems:
         yield Text("OK", style="green")
 
