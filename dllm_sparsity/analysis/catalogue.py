@@ -81,6 +81,18 @@ def _hump_and_cliff(s: np.ndarray) -> np.ndarray:
     return -0.05 * np.sin(np.minimum(x / 0.7, 1) * math.pi) + 40 * np.maximum(x - 0.7, 0) ** 2
 
 
+def _ledge(s: np.ndarray) -> np.ndarray:
+    """Lose a little at once, nothing more for long, then much."""
+    x = sparsity_at(s)
+    return 0.012 * np.minimum(x / 0.1, 1) + 3.0 * np.maximum(x - 0.55, 0) ** 1.5
+
+
+def _dip_and_cliff(s: np.ndarray) -> np.ndarray:
+    """Lose a part early, come back, and fall off a cliff."""
+    x = sparsity_at(s)
+    return 0.04 * np.exp(-(((x - 0.3) / 0.08) ** 2)) + 30 * np.maximum(x - 0.66, 0) ** 2
+
+
 WORLDS = (
     World("accuracy, monotone", "accuracy", _power(1.5, 5), 4000),
     World("accuracy, steep", "accuracy", _power(60.0, 8), 4000, flips=0.1),
@@ -193,5 +205,17 @@ WORLDS = (
     World("accuracy, pairs, break, 97 % kept", "accuracy", _break, 3000, 0.97, skill=0.7, together=2, held_out=True),
     World("accuracy, plunge, 98 % kept", "accuracy", _plunge, 3000, 0.98, flips=0.2, held_out=True),
     World("NLL, plunge", "nll", _plunge, 1000, held_out=True),
-    World("accuracy, rises, then a cliff", "accuracy", _hump_and_cliff, 2500, flips=0.2, skill=0.4, held_out=True),
+    World("accuracy, rises, then a cliff", "accuracy", _hump_and_cliff, 2500, flips=0.2, skill=0.4),
+    World("accuracy, ledge, then a fall", "accuracy", _ledge, 3000, flips=0.25, skill=0.6, held_out=True),
+    World("NLL, rises, then a cliff", "nll", _scaled(_hump_and_cliff, 0.5), 900, held_out=True),
+    World(
+        "accuracy, groups of 4, dip, then a cliff, 97 % kept",
+        "accuracy",
+        _dip_and_cliff,
+        3600,
+        0.97,
+        skill=0.7,
+        together=4,
+        held_out=True,
+    ),
 )

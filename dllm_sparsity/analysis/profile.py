@@ -17,6 +17,7 @@ from dllm_sparsity.analysis.spline import EVERY, Smooth, smooth
 LEVEL = 0.95
 _Z, _EARLY = NormalDist().inv_cdf((1 + LEVEL) / 2), NormalDist().inv_cdf(LEVEL)
 _SURE = 3.0
+"""Standard errors below the threshold of a miss that few items cannot fake."""
 _SHARES = np.linspace(0, 1, 17)[1:]
 _REACH, _FARTHEST = 0.5, 0.02
 _HALF, _TAIL = 0.8, 1.7
@@ -133,7 +134,7 @@ def profile(
     it unless the margin is told from zero, each side at half the error rate; and so does all from the first place on
     that is not told from a miss at the whole error rate, for a curve may fall short early and come back. A place is
     told from a miss with the error that a miss would have, not with the one of what was seen; how far the curve may
-    bend between points is the same for both.
+    bend between points is the same for both. The chances are those of all ways in which the curve may bend.
 
     Args:
         dense: The dense cell's items, none left out.
@@ -148,19 +149,17 @@ def profile(
     points = margins(dense, sparse, threshold)
     mesh = _mesh(points.place, ended)
     curve, margin = _curve(points, mesh, block)
-    value, error = curve.value, curve.error
-    error[0] = 0.0
-    tested = np.sqrt(np.maximum(error**2 + curve.noise**2 * (points.tested(mesh, margin) - 1), 0.0))
-    estimate, crosses = _first(mesh, value)
-    high, fails = _first(mesh, value + _Z * tested)
-    early, _ = _first(mesh, value - _EARLY * tested)
-    sure, surely = _first(mesh, value + _SURE * error)
+    tested = curve.score(points.tested(mesh, margin))
+    estimate, crosses = _first(mesh, curve.value)
+    high, fails = _first(mesh, _above(curve, tested, -_Z))
+    early, _ = _first(mesh, _above(curve, tested, _EARLY))
+    sure, surely = _first(mesh, _above(curve, curve.score(), -_SURE))
     return Profile(
         points=points.place,
         margins=points.margin,
         errors=np.sqrt(np.diag(points.covariance)),
         estimate=estimate,
-        low=min(_before(mesh, value - _Z * tested, estimate), early, estimate),
+        low=min(_before(mesh, _above(curve, tested, _Z), estimate), early, estimate),
         high=max(high, estimate),
         fails=fails,
         sure=sure if surely else math.inf,
@@ -198,14 +197,26 @@ def _curve(points: Margins, mesh: np.ndarray, block: range | None) -> tuple[Smoo
     return curve, knee * np.sinh(curve.value / knee)
 
 
+def _above(curve: Smooth, score: np.ndarray, errors: float) -> np.ndarray:
+    """Return how high a curve lies above some standard errors, those it has by its score; dense holds by definition."""
+    line = curve.error * (score - errors)
+    line[0] = curve.value[0]
+    return line
+
+
 def _corners(points: Margins) -> list[float]:
-    """Return where a cliff may begin: the last points before part of the dense margin may be, and surely is, lost."""
+    """Return where a cliff may begin: at the last point before half the dense margin is surely lost, or surely is not.
+
+    The second lies behind what looks like a loss and comes back.
+    """
     part, errors = _LOST * points.margin[0], np.sqrt(np.diag(points.covariance))
     lost = points.margin + _Z * errors < part
     if not lost.any():
         return []
-    first = int((points.margin - errors < part).argmax()), int(lost.argmax())
-    return sorted({float(points.place[max(number - 1, 0)]) for number in first})
+    before = slice(1, max(int(lost.argmax()), 1))
+    held = np.flatnonzero(points.margin[before] - errors[before] >= part)
+    last = [before.stop - 1, int(held[-1]) + 1 if len(held) else 0]
+    return sorted({float(points.place[number]) for number in last})
 
 
 def _mesh(place: np.ndarray, ended: bool) -> np.ndarray:

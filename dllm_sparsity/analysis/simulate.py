@@ -15,15 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from dllm_sparsity.analysis.catalogue import WORLDS
-from dllm_sparsity.analysis.critical import PAPER_GRID, readings
+from dllm_sparsity.analysis.critical import PAPER_GRID
 from dllm_sparsity.analysis.search import LADDER, Goal, Limits, Search
-from dllm_sparsity.analysis.statistics import resampled_sums
+from dllm_sparsity.analysis.simulated_grids import DRAWS, Grid, grids
 from dllm_sparsity.analysis.worlds import Blend, BlendedSample, Sample, World
 
-NARROWEST = 0.002
-_DRAWS = 400
+NARROWEST, WIDEST = 0.002, 0.25
+"""Between these a search is asked for an interval."""
 _SIXTH = 6.0
-_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Tally:
 
     @property
     def asked(self) -> float:
-        """Return the width that the searches were asked for."""
+        """Return the width of the grid's intervals, drawn out until 95 % hold the truth."""
         return max(self.grid.width * self.grid.stretch, NARROWEST)
 
     @property
@@ -71,23 +70,6 @@ class Tally:
             width: The grid's; a width falls with the square root of the items.
         """
         return self.cheaper / max(1.0, self.width / max(width, NARROWEST)) ** 2
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What many simulated grids came to.
-
-    Args:
-        count: How many.
-        covered: Share whose bootstrap interval holds the truth.
-        width: Mean width of those.
-        stretch: By how much they have to be drawn out about the reading so that 95 % hold the truth; at least 1.
-    """
-
-    count: int
-    covered: float
-    width: float
-    stretch: float
 
 
 def search_study(sample: Sample | BlendedSample, limits: Limits) -> tuple[Goal, int]:
@@ -107,49 +89,6 @@ def search_study(sample: Sample | BlendedSample, limits: Limits) -> tuple[Goal, 
         return end.value[0], search.spent
 
 
-def grid_study(sample: Sample | BlendedSample) -> tuple[float, float, float]:
-    """Return the interpolated reading on the paper's 26 values between the ends of its paired bootstrap interval.
-
-    Args:
-        sample: The items.
-    """
-    world = sample.world
-    samples = sample.samples if isinstance(sample, BlendedSample) else [sample]
-    height, sparsity = np.mean([_drawn(own, seed) for seed, own in enumerate(samples)], axis=0)
-    read = readings(sparsity, height, world.retention, world.kind == "nll")[0]["interpolated"]
-    low, high = np.quantile(read[1:], [0.025, 0.975])
-    return float(low), float(read[0]), float(high)
-
-
-def _drawn(sample: Sample, seed: int) -> np.ndarray:
-    """Return quality and sparsity on all items, then in each bootstrap draw: (2, 1 + draws, values)."""
-    columns = [sample.column(1 - p, 0, sample.world.items) for p in PAPER_GRID]
-    flat = np.stack([part for own in columns for part in (own.height, own.weight, own.kept, own.total)], axis=1)
-    groups = None if sample.group is None else np.unique(sample.group, return_inverse=True)[1]
-    sums = np.concatenate([flat.sum(0)[None], resampled_sums(flat, _DRAWS, seed, groups)])
-    sums = sums.reshape(_DRAWS + 1, len(PAPER_GRID), 4)
-    return np.stack([sums[..., 0] / sums[..., 1], 1 - sums[..., 2] / sums[..., 3]])
-
-
-def grids(world: World | Blend, count: int) -> Grid:
-    """Simulate grids of the paper's 26 values.
-
-    Args:
-        world: The world.
-        count: How many.
-    """
-    truth, beyond = world.truth()
-    low, read, high = np.array([grid_study(world.draw(10**6 + seed)) for seed in range(count)]).T
-    above = np.zeros(count) if beyond else (truth - read) / np.maximum(high - read, _TINY)
-    needed = np.where(truth > read, above, (read - truth) / np.maximum(read - low, _TINY))
-    return Grid(
-        count,
-        covered=float(((low <= truth + _TINY) & (beyond | (truth <= high))).mean()),
-        width=float((high - low).mean()),
-        stretch=max(1.0, float(np.quantile(needed, 0.95))),
-    )
-
-
 def tally(world: World | Blend, studies: int, count: int) -> Tally:
     """Simulate studies of one world.
 
@@ -160,7 +99,8 @@ def tally(world: World | Blend, studies: int, count: int) -> Tally:
     """
     truth, beyond = world.truth()
     grid = grids(world, count)
-    limits = Limits(max(grid.width * grid.stretch, NARROWEST), world.items, least=world.least)
+    asked = min(max(grid.width * grid.stretch, NARROWEST), WIDEST)
+    limits = Limits(asked, world.items, least=world.least)
     sides, widths, spent = [], [], []
     for seed in range(studies):
         goal, evaluations = search_study(world.draw(seed), limits)
@@ -227,27 +167,29 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
 - The search's constants were chosen by all lines but those marked as held out, which were drawn after them.
   `NLL, to and fro` falls short of the threshold by little and comes back, and is why an interval reaches back to any
   earlier place that may be a miss.
-- The grid's interval is that of the interpolated crossing with a paired bootstrap of {draws} draws. Where it holds the
-  truth less often than 95 %, it is too narrow: `width at 95 %` is its mean width, drawn out about the reading until
-  95 % of the grids hold the truth. This is asked of the search, at least {narrowest} points.
+- The grid's values are moved by at most half a step, in each study by another part, as no curve knows where they lie.
+  Its interval is that of the interpolated crossing with a paired bootstrap of {draws} draws. Where it holds the truth
+  less often than 95 %, it is too narrow: `width at 95 %` is its mean width, drawn out about the reading until 95 % of
+  the grids hold the truth. This is asked of the search, but at least {narrowest} points and at most {widest}: asked for
+  a wider interval, it may end on so few items that a curve close to the threshold is misread.
 - The last three columns are the grid's item-evaluations in those of the search: as they are; for a grid with only as
   many items as give the search's median width, where that is wider than `width at 95 %` (a width falls with the square
   root of the items); and the same against the width that the grid claims.
-- At the width at 95 %, {cheap} of {lines} lines cost at most a sixth of the grid (6.0); at the median it is
-  1 in {median:.1f}, of all lines together 1 in {together:.1f}. Most others have gone through all items while the
-  interval is still wider than the grid's: it is read off few strengths, most of them measured on some of the items.
+- At the width at 95 %, {cheap} of {lines} lines cost at most a sixth of the grid (6.0); at the median it is 1 in
+  {median:.1f}, of all lines together 1 in {together:.1f}. The others have gone through all items while the interval is
+  still wider than the grid's: it is read off few strengths, most of them measured on some of the items.
 - `too low` and `too high` are the shares of intervals that lie wholly below and above the truth. In {studies}
   studies, a true 95 % shows within {within:.1f} points of it, in 19 lines of 20; all together hold it in {held:.1f} %.
 - A search takes for granted that the curve is smooth, the more so where little is dropped: it reads a place from what
   was measured beside it. An early, narrow and shallow fall that comes back, as in `accuracy, wavy`, is often not told
   from a miss, and the interval then reaches from there to the last crossing; to tell takes most items at several low
   strengths, as a grid spends them.
-- Behind the last point before half the dense margin may be lost, or surely is, the curve may bend thirty to three
-  hundred times as much, where the points say so: else a long flat part, as in the lines with a cliff or a brink, would
-  put the fall right behind the last strength that was measured before it. An end of a narrow interval is measured
-  before it is believed, where no strength lies near it, as of `NLL, break`. What stays just above the threshold before
-  it falls is not told from a miss: in `accuracy, grazes, then a cliff` and `accuracy, rises, then a cliff` it lies
-  within half a standard error of all items, and more intervals end too low.
+- Behind the last point before half the dense margin is surely lost, or the last of them where it surely is not, the
+  curve may bend thirty to three hundred times as much, where the points say so: else a long flat part, as in the lines
+  with a cliff or a brink, would put the fall right behind the last strength that was measured before it. An end of a
+  narrow interval is measured before it is believed, where no strength lies near it, as of `NLL, break`. What stays
+  just above the threshold before it falls is not told from a miss: in `accuracy, grazes, then a cliff` and
+  `accuracy, rises, then a cliff` it lies within about one standard error of all items, and more intervals end too low.
 - Where no strength fails, the answer is one-sided, and it holds when its low end is not above the truth.
 - A search goes through the items {passes:.1f} times for a curve, on the mean of the lines.
 - Widths and sparsities are in points of a hundred.
@@ -284,7 +226,7 @@ def page(tallies: Sequence[Tally], studies: int, count: int) -> str:
         studies=studies,
         grids=count,
         table=table(tallies),
-        draws=_DRAWS,
+        draws=DRAWS,
         passes=float(spent.mean()),
         together=float((ratios * spent).sum() / spent.sum()),
         held=100 * float(np.mean([own.covered for own in tallies])),
@@ -292,6 +234,7 @@ def page(tallies: Sequence[Tally], studies: int, count: int) -> str:
         lines=len(ratios),
         median=float(np.median(ratios)),
         narrowest=f"{100 * NARROWEST:g}",
+        widest=f"{100 * WIDEST:g}",
         within=196 * math.sqrt(0.95 * 0.05 / studies),
     )
 

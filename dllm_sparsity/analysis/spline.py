@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from scipy.special import log_ndtr, logsumexp, ndtri_exp
 
 _BENDS = np.geomspace(20.0, 5000.0, 6)
 """How strongly a curve may bend, in the height of its first point; each is weighed by how well it fits the points."""
 _HASTES = (0.0, 0.5)
 """Powers with which the bend grows along the curve, weighed likewise; half as far as one, it is as `_BENDS` says."""
-_SHARPS, _RARE = np.geomspace(30.0, 300.0, 3), 4.0
+_SHARPS, _RARE = np.geomspace(30.0, 300.0, 3), 3.0
 """How much more a curve may bend behind a corner, and by how much, in logarithms, its evidence must be better: without
 one, a long flat part says that a cliff behind it is a bend at once."""
 _SLIGHT = 0.01
@@ -19,29 +21,60 @@ _SLIGHT = 0.01
 though nothing speaks for them."""
 _LEAST = 1e-4
 """Smallest error of a point, in the height of the first: keeps points without noise apart."""
-_APART = 1e-7
-"""Smallest distance of two points."""
+_APART, _NONE = 1e-7, 1e-24
+"""Smallest distance of two points, and variance of a curve that is told from none."""
 EVERY = 4
 """One more point is asked about at each so many-th place of the mesh."""
 
 
 @dataclass(frozen=True)
 class Smooth:
-    """A smooth curve, on a mesh.
+    """A smooth curve, on a mesh: a mixture of those that each way to bend gives.
 
     Args:
         mesh: Where it is read.
-        value: The curve there.
-        error: Its standard error.
-        noise: The part of it that comes from the errors of the points; the rest is how it may bend between them.
+        weight: Of each way, together 1.
+        mean: The curve of each way, (ways, mesh).
+        own: Its variance.
+        scatter: The part of that which comes from the errors of the points; the rest is how it may bend between them.
         gains: By how much the variance would fall with one more point, (mesh, places).
     """
 
     mesh: np.ndarray
-    value: np.ndarray
-    error: np.ndarray
-    noise: np.ndarray
+    weight: np.ndarray
+    mean: np.ndarray
+    own: np.ndarray
+    scatter: np.ndarray
     gains: np.ndarray
+
+    @cached_property
+    def value(self) -> np.ndarray:
+        """Return the curve, averaged over the ways."""
+        return self.weight @ self.mean
+
+    @cached_property
+    def error(self) -> np.ndarray:
+        """Return its standard error."""
+        return np.sqrt(self.weight @ (self.own + (self.mean - self.value) ** 2))
+
+    @cached_property
+    def noise(self) -> np.ndarray:
+        """Return the part of it that comes from the errors of the points."""
+        return np.sqrt(self.weight @ self.scatter)
+
+    def score(self, times: np.ndarray | float = 1.0) -> np.ndarray:
+        """Return how many standard errors of a normal the curve lies above zero with the chance that the ways give it.
+
+        Where ways disagree, as before and behind a corner, the tail is theirs, not that of one normal as wide as all.
+
+        Args:
+            times: How many times as large the part from the errors of the points is taken to be.
+        """
+        error = np.sqrt(np.maximum(self.own + self.scatter * (times - 1), _NONE))
+        above, below = (
+            logsumexp(log_ndtr(side * self.mean / error), axis=0, b=self.weight[:, None]) for side in (1, -1)
+        )
+        return np.where(above < below, ndtri_exp(np.minimum(above, 0.0)), -ndtri_exp(np.minimum(below, 0.0)))
 
     def error_after(self, place: int) -> np.ndarray:
         """Return the standard error that one more point would leave.
@@ -88,9 +121,6 @@ def smooth(
     means = drawn @ height
     own = bends[..., 0] * (_walks(mesh, mesh, corners)[way] - (across * pulled).sum(1))
     own += ((lack @ unsure) * lack).sum(2)
-    value = weights @ means
-    noise = np.sqrt(weights @ ((drawn @ covariance) * drawn).sum(2))
-    error = np.sqrt(weights @ (np.maximum(own, 0.0) + (means - value) ** 2))
     gains = np.zeros((len(mesh), 0))
     if more is not None:
         at = mesh[::EVERY]
@@ -102,7 +132,7 @@ def smooth(
         left = bends[..., 0] * _walks(at, at, corners)[way] + more[1] - (there * behind).sum(1)
         left += ((short @ unsure) * short).sum(2)
         gains = np.tensordot(weights, shared**2 / np.maximum(left, covariance[0, 0])[:, None], 1)
-    return Smooth(mesh, value, error, noise, gains)
+    return Smooth(mesh, weights, means, np.maximum(own, 0.0), ((drawn @ covariance) * drawn).sum(2), gains)
 
 
 def _ways(

@@ -16,7 +16,8 @@ from dllm_sparsity.analysis.margins import level_of, margins
 from dllm_sparsity.analysis.mixture import Mixture
 from dllm_sparsity.analysis.profile import profile
 from dllm_sparsity.analysis.search import Limits, boundaries
-from dllm_sparsity.analysis.simulate import grid_study, search_study, tally
+from dllm_sparsity.analysis.simulate import search_study, tally
+from dllm_sparsity.analysis.simulated_grids import grid_study
 
 BLENDS = {world.name: world for world in WORLDS if world.name.startswith("average")}
 

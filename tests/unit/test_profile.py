@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from dllm_sparsity.analysis import spline
 from dllm_sparsity.analysis.catalogue import WORLDS
 from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.critical import PAPER_GRID
-from dllm_sparsity.analysis.profile import profile
+from dllm_sparsity.analysis.profile import _corners, profile
 from dllm_sparsity.analysis.spline import Smooth, smooth
 
 BY_NAME = {world.name: world for world in WORLDS}
@@ -83,6 +85,36 @@ def test_ways_to_bend_that_nothing_speaks_for_do_not_widen_a_curve(monkeypatch):
     assert (whole.error[1:] / found.error[1:]).max() > 1.2
 
 
+def test_the_score_of_one_way_to_bend_is_its_curve_in_standard_errors(monkeypatch):
+    monkeypatch.setattr(spline, "_BENDS", np.array([300.0]))
+    monkeypatch.setattr(spline, "_HASTES", (0.5,))
+    place, height = np.array([0.0, 0.2, 0.5, 0.6]), np.array([0.01, 0.009, -0.002, -0.01])
+    found = smooth(place, height, 1e-6 * np.eye(4), np.linspace(0, 0.7, 29))
+    np.testing.assert_allclose(found.score(), found.value / found.error, rtol=1e-9)
+    wider = np.sqrt(found.error**2 + 3 * found.noise**2)
+    np.testing.assert_allclose(found.score(4.0), found.value / wider, rtol=1e-9)
+
+
+def test_the_score_of_ways_that_disagree_is_that_of_their_chances():
+    weight, mean = np.array([0.9, 0.1]), np.array([[-6.0], [0.0]])
+    curve = Smooth(np.zeros(1), weight, mean, np.ones((2, 1)), np.zeros((2, 1)), np.zeros((1, 0)))
+    chance = 0.9 * NormalDist().cdf(-6) + 0.1 * NormalDist().cdf(0)
+    assert curve.score()[0] == pytest.approx(NormalDist().inv_cdf(chance))
+    assert curve.value[0] / curve.error[0] < -1.96 < curve.score()[0]  # one normal as wide as both is told from zero
+
+
+def test_a_dip_that_comes_back_is_not_where_a_cliff_begins():
+    def corners(margin):
+        place, few = np.linspace(0, 0.8, len(margin)), np.eye(len(margin))
+        points = SimpleNamespace(place=place, margin=np.array(margin), covariance=1e-6 * few)
+        return [round(own, 3) for own in _corners(points)]
+
+    assert corners([0.01, 0.0055, 0.01, 0.01, 0.0055, 0.0055, -0.1, -0.2, -0.3]) == [0.3, 0.5]
+    assert corners([0.01, 0.0055, 0.01, -0.1]) == [0.533]
+    assert corners([0.01, -0.1, -0.2]) == [0.0]
+    assert corners([0.01, 0.01, 0.01]) == []
+
+
 def test_an_end_that_no_strength_lies_near_is_unseen():
     sparse = [column(-2.0 - 0.1 * own, own) for own in (0.05, 0.1, 0.2, 0.4)]
     found = profile(column(-2.0, 0.0), sparse, Threshold(0.99, logarithmic=True, bounded=False))
@@ -106,9 +138,10 @@ def test_nothing_is_asked_of_what_lies_behind_a_sure_miss():
     found = profile(column(-2.0, 0.0), sparse, Threshold(0.99, logarithmic=True, bounded=False))
     mesh = np.linspace(0, 1, 101)
     value = np.where(mesh < 0.2, 1.0, np.where(mesh < 0.3, -1.0, 0.0))
-    curve = Smooth(mesh, value, np.full(101, 0.2), np.full(101, 0.2), np.zeros((101, 0)))
+    narrow = np.full((1, 101), 0.04)
+    curve = Smooth(mesh, np.ones(1), value[None], narrow, narrow, np.zeros((101, 0)))
     assert replace(found, low=0.1, high=1.0, curve=curve).doubt() < 0.01
-    assert replace(found, low=0.1, high=1.0, curve=replace(curve, value=np.abs(value))).doubt() > 0.1
+    assert replace(found, low=0.1, high=1.0, curve=replace(curve, mean=np.abs(value)[None])).doubt() > 0.1
 
 
 def test_a_profile_that_never_fails_is_one_sided():

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dllm_sparsity.analysis import simulate
 from dllm_sparsity.analysis.catalogue import WORLDS
 from dllm_sparsity.analysis.column import Threshold
+from dllm_sparsity.analysis.critical import PAPER_GRID
 from dllm_sparsity.analysis.search import LADDER, Ask, Limits, Search, boundaries
 from dllm_sparsity.analysis.searched import found_by
-from dllm_sparsity.analysis.simulate import grid_study, grids, search_study, table, tally
+from dllm_sparsity.analysis.simulate import search_study, table, tally
+from dllm_sparsity.analysis.simulated_grids import grid_study, grids
 from dllm_sparsity.analysis.worlds import sparsity_at
 from dllm_sparsity.cli.compare import _on_paper_grid
 from dllm_sparsity.comparison import ladder_of
@@ -61,15 +64,23 @@ def test_a_budget_that_ends_before_an_end_is_measured_ends_an_answer_that_is_nar
     assert goal.profile.unseen is not None
 
 
-@pytest.mark.parametrize(("name", "width"), [("NLL, cliff", 0.05), ("NLL, cliff", 0.006), ("NLL, brink", 0.1)])
-def test_a_cliff_behind_a_long_flat_part_is_not_put_where_the_flat_part_ends(name, width):
+@pytest.mark.parametrize(
+    ("name", "width", "studies", "least"),
+    [
+        ("NLL, cliff", 0.05, 12, 11),  # 0 without a corner
+        ("NLL, cliff", 0.006, 12, 11),
+        ("NLL, brink", 0.1, 12, 11),  # 8 with but one size of the corner
+        ("accuracy, rises, then a cliff", 0.11, 30, 26),  # 24 where it began at the first place that may be a loss
+    ],
+)
+def test_a_cliff_behind_a_long_flat_part_is_not_put_where_the_flat_part_ends(name, width, studies, least):
     world = BY_NAME[name]
     truth, held = world.truth()[0], 0
-    for seed in range(12):
+    for seed in range(studies):
         goal, _ = search_study(world.draw(seed), Limits(width, world.items))
         low, high = goal.profile.interval
         held += low <= truth <= high
-    assert held >= 11  # of the first, 0 without a corner; of the last, 8 with but one size of it
+    assert held >= least
 
 
 def test_the_shipped_table_has_a_line_for_every_population():
@@ -181,6 +192,22 @@ def test_a_grid_that_misses_the_truth_is_stretched():
     found = grids(BY_NAME["NLL, rises first"], 25)
     assert found.covered < 0.95
     assert found.stretch > 1.02
+
+
+def test_a_grid_is_moved_between_its_ends():
+    class Seen:
+        world, group, strengths = BY_NAME["NLL, monotone"], None, []
+
+        def column(self, strength, start, stop):
+            self.strengths.append(strength)
+            return sample.column(strength, start, stop)
+
+    sample, seen = BY_NAME["NLL, monotone"].draw(0), Seen()
+    grid_study(seen, 0.5)
+    moved, plain = np.array(seen.strengths), 1 - np.array(PAPER_GRID)
+    np.testing.assert_allclose(moved[1:-1], (plain[1:-1] + plain[2:]) / 2, atol=1e-12)
+    assert (moved[0], moved[-1]) == (0.0, 1.0)
+    assert grid_study(sample, 0.5) != grid_study(sample)
 
 
 def test_the_table_has_a_line_for_each_world():
