@@ -66,6 +66,12 @@ def names(kind: str) -> list[str]:
     return sorted(_targets(kind))
 
 
+def distributions() -> list[str]:
+    """Return the installed packages that register something here, sorted."""
+    points = [point for kind in KINDS for point in entry_points(group=f"dllm_sparsity.{kind}")]
+    return sorted({point.dist.name for point in points if point.dist is not None})
+
+
 def get(kind: str, name: str) -> Any:
     """Import and return what a name stands for.
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dllm_sparsity.sparsity.sparsifier import sparsify
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.counted import Facts, Here, Source
+from dllm_sparsity.study.models import resolve
 from dllm_sparsity.study.setting import Setting
 from dllm_sparsity.study.stacked import StackedHere
+from dllm_sparsity.study.weights import hub_blobs
 
 if TYPE_CHECKING:
     from dllm_sparsity.sparsity.sites import FFN
@@ -103,7 +105,9 @@ class LocalHost:
             "gated": ffns[0].gated,
             "uniform": len({(each.d_model, each.d_ffn) for each in ffns}) == 1,
         }
-        return Facts(ffn, tuple(getattr(self.lm.model, "shims", ())), environment.model_settings(self.lm))
+        commit = getattr(getattr(self.lm.model, "config", None), "_commit_hash", None) or setting.model.revision
+        settings = {**environment.model_settings(self.lm), "blobs": hub_blobs(resolve(setting.model.model), commit)}
+        return Facts(ffn, tuple(getattr(self.lm.model, "shims", ())), settings)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Facts:
     Args:
         ffn: Widths and form of its FFNs.
         shims: What its code needed to run.
-        model: Revision, weights, dtype and attention.
+        model: Its dtype, its attention, and the hub's hashes of its weights.
     """
 
     ffn: dict[str, Any]

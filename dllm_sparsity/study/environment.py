@@ -1,9 +1,8 @@
-"""What a study ran on: versions, machine, and the identity of model files. Imports no torch."""
+"""What a study ran on: versions, code, machine, model and data. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -14,12 +13,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm_sparsity import registry
+from dllm_sparsity.study.source import module_files, source_hash
+
 if TYPE_CHECKING:
     from dllm_sparsity.study.config import ModelConfig
 
 COMPUTING = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy", "dllm-sparsity")
+"""Packages that can change a number of any cell. accelerate only places tensors and safetensors only reads them; which
+version of triton there is, torch says, for it asks for one exactly."""
+PIPELINES = ("diffusers",)
+QUANTISERS = ("bitsandbytes", "kernels", "compressed-tensors", "gptqmodel", "autoawq", "torchao", "optimum", "hqq")
+"""Packages that compute for models with quantised weights, each for its own kinds."""
+_MISSING = "not installed"
 _HUB_COMMIT = re.compile(r"hf://datasets/([^@]+@[0-9a-f]{40})/")
-_WEIGHTS = (".safetensors", ".json", ".model", ".jinja", ".py", ".txt", ".gguf")
 
 
 def versions(names: tuple[str, ...] = COMPUTING) -> dict[str, str]:
@@ -33,27 +40,34 @@ def versions(names: tuple[str, ...] = COMPUTING) -> dict[str, str]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
+            found[name] = _MISSING
     return found
 
 
-def code_identity(modules: Iterable[str] = ()) -> str:
-    """Return a hash of the code that a cell's answer depends on: ours, and the modules of rules and samplers.
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are there.
 
     Args:
-        modules: Names of modules that stand outside this package.
+        names: Packages.
+    """
+    return {name: found for name, found in versions(tuple(names)).items() if found != _MISSING}
+
+
+def code_identity(modules: Iterable[str] = ()) -> str:
+    """Return a hash of the code that a cell's answer depends on: ours, and what of it comes from other packages.
+
+    Args:
+        modules: Modules of the rules, samplers, families and backends that are used; those of this package are hashed
+            anyway, of others the module and what it imports of its package.
     """
     package = Path(__file__).parent.parent
     rooms = [package / name for name in ("sparsity", "families", "lm", "diffusion", "study", "tasks")]
-    files = [path for room in rooms for path in sorted(room.rglob("*.py"))]
-    for name in ("autoregressive", *sorted(modules)):
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin) if spec is not None and spec.origin else None
-        if origin is not None:
-            files += sorted(origin.parent.glob("*.py")) if origin.name == "__init__.py" else [origin]
+    files = [path for room in (*rooms, package.parent / "autoregressive") for path in sorted(room.rglob("*.py"))]
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
+    if outside := module_files(modules):
+        digest.update(source_hash(outside).encode())
     return digest.hexdigest()[:16]
 
 
@@ -65,20 +79,21 @@ def describe(device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         seed: The study's seed.
     """
     more = ("diffusers", "accelerate", "safetensors", "huggingface-hub", "triton", "pyarrow", "plotly", "pydantic")
+    where_installed = (*QUANTISERS, "peft", "ray", "submitit", *registry.distributions())
     found = {
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
         "processor": platform.machine(),
         "cpus": os.cpu_count(),
-        "packages": versions((*COMPUTING, *more)),
+        "packages": {**versions((*COMPUTING, *more)), **installed(where_installed)},
         "device": device,
         "seed": seed,
         "torch": _torch(),
     }
     if (gpus := _gpus(device)) is not None:
         found["gpu"] = gpus
-    if (state := git_state(Path.cwd())) is not None:
-        found["git"] = state
+    if states := git_states(Path(__file__).parent.parent, Path.cwd()):
+        found["git"] = states
     return found
 
 
@@ -116,6 +131,28 @@ def _gpus(device: str) -> dict[str, Any] | None:
     if told:
         found |= dict(zip(names, (part.strip() for part in told.splitlines()[0].split(",")), strict=False))
     return found
+
+
+def git_states(package: Path, folder: Path) -> dict[str, Any]:
+    """Return the state of the clone that this package was imported from, as `package`, and of the current folder's.
+
+    The current folder's is there as `current_folder` where it is another repository; neither where there is none.
+
+    Args:
+        package: The folder of the package.
+        folder: The current folder.
+    """
+    tracked = _output("git", "-C", str(package), "ls-files", "--error-unmatch", "__init__.py")
+    found: dict[str, Any] = {}
+    if tracked and (state := git_state(package)) is not None:  # else installed, in whatever repository that may be
+        found["package"] = state
+    if (state := git_state(folder)) is not None and not (tracked and _root(folder) == _root(package)):
+        found["current_folder"] = state
+    return found
+
+
+def _root(folder: Path) -> str | None:
+    return _output("git", "-C", str(folder), "rev-parse", "--show-toplevel")
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -160,19 +197,18 @@ def model_settings(lm: Any) -> dict[str, Any]:
 
 
 def describe_model(settings: dict[str, Any], config: ModelConfig, weights: dict[str, str]) -> dict[str, Any]:
-    """Return how a model was run.
+    """Return how a model was run; `weights` is a hash, and says of what.
 
     Args:
-        settings: What `model_settings` returned for it.
+        settings: What `model_settings` returned for it; `blobs` beside it is what `hub_blobs` did.
         config: The model as the study has it.
         weights: What `weights_identity` returned for it.
     """
-    text = json.dumps(weights, sort_keys=True)
-    return {
-        "revision": weights.get("commit") or config.revision,
-        "weights": hashlib.sha256(text.encode()).hexdigest()[:16],
-        **settings,
-    }
+    told = {name: value for name, value in settings.items() if name != "blobs"}
+    blobs = settings.get("blobs")
+    what = "the hub's blobs" if blobs else "the hub's commit" if "commit" in weights else "the files"
+    digest = hashlib.sha256(json.dumps(blobs or weights, sort_keys=True).encode()).hexdigest()[:16]
+    return {"revision": weights.get("commit") or config.revision, "weights": f"{digest} of {what}", **told}
 
 
 def describe_data(task: Any, prompt_hashes: Iterable[str]) -> dict[str, Any]:
@@ -189,43 +225,3 @@ def describe_data(task: Any, prompt_hashes: Iterable[str]) -> dict[str, Any]:
     ]
     digest = hashlib.sha256("\n".join(prompt_hashes).encode()).hexdigest()[:16]
     return {"revisions": sorted({found[1] for url in sources if (found := _HUB_COMMIT.search(url))}), "prompts": digest}
-
-
-def weights_identity(model: str, revision: str | None) -> dict[str, str]:
-    """Return what changes when a model's files change: hashes of a folder's files, or the hub's commit.
-
-    Args:
-        model: Folder or hub id.
-        revision: Revision on the hub.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
-        return {path.name: _hash(path) for path in files}
-    from huggingface_hub import hf_hub_download
-
-    cached = Path(hf_hub_download(model, "config.json", revision=revision))
-    return {"hub": model, "commit": cached.parent.name}
-
-
-def _hash(path: Path) -> str:
-    """Hash a file once per path, size and time; large weights are not read again for every study."""
-    stat = path.stat()
-    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dllm-sparsity" / "hashes.json"
-    try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if isinstance(known, dict) and isinstance(known.get(key), str):
-        return known[key]
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        draft = cache.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps({**(known if isinstance(known, dict) else {}), key: digest}), encoding="utf-8")
-        os.replace(draft, cache)
-    except OSError:
-        pass  # a cache that cannot be written costs time only
-    return digest

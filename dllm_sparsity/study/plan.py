@@ -172,7 +172,14 @@ def fingerprint(parts: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, Any], versions: dict[str, str]) -> dict:
+def cell_parts(
+    cell: Cell,
+    seed: int,
+    weights: dict[str, str],
+    task: dict[str, Any],
+    versions: dict[str, str],
+    packages: dict[str, str] | None = None,
+) -> dict:
     """Return all that can change the answer of a cell.
 
     Args:
@@ -181,6 +188,7 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
         weights: What identifies the model's files.
         task: What identifies the task: name, version, documents, prompts.
         versions: Of the packages that compute.
+        packages: Versions of further packages that compute for this model alone.
     """
     model = cell.model.model_dump(mode="json", exclude={"label", "model", "share_context", "stack"})
     if cell.task.mc is not None:
@@ -192,6 +200,8 @@ def cell_parts(cell: Cell, seed: int, weights: dict[str, str], task: dict[str, A
             model["share_context"] = False
     if model.get("device_map") is None:
         model.pop("device_map", None)  # of no account where it is not given
+    if packages:
+        model["packages"] = packages
     rule = None
     if cell.rule is not None:
         rule = {

@@ -1,17 +1,20 @@
-"""lm-eval tasks by name, from a YAML file or from one's own text; each is built once per process."""
+"""lm-eval tasks by name, from a YAML file or from one's own text; a file is read anew, for it may have changed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from dllm_sparsity.errors import UserError, did_you_mean
 from dllm_sparsity.study.config import TaskSpec
+from dllm_sparsity.study.source import function_files, source_hash
 
 FOLDER = Path(__file__).parent.parent / "tasks"
 _SHARED = ("passage", "flores_passage", "article", "story", "paragraph", "context")
@@ -26,7 +29,7 @@ class LoadedTask:
     Args:
         name: lm-eval's name.
         task: lm-eval's object.
-        identity: What changes when the task's documents, prompts or version change.
+        identity: What changes when the task's documents, prompts, version or the code of its functions change.
         cost: Rough number of characters a model reads and writes once through, for the time left.
         items: Documents that are run.
         shared: Field of which several documents have the same text, such as a passage, so that their errors are not
@@ -111,7 +114,7 @@ def find_task(name: str) -> Any:
 def _by_name(name: str, num_fewshot: int | None) -> dict[str, Any]:
     manager = find_task(name)
     try:
-        return _load(manager, name, num_fewshot)
+        return _load(manager, name, num_fewshot) if name in manager.all_tasks else manager.load([name])["tasks"]
     except (OSError, ValueError, KeyError, ImportError, ConnectionError, AttributeError, TypeError) as error:
         why = " ".join(str(error).split())[:160]
         raise UserError(
@@ -125,7 +128,6 @@ def _load(manager: Any, name: str, num_fewshot: int | None) -> dict[str, Any]:
     return manager.load([name])["tasks"]
 
 
-@cache
 def _from_text(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -161,14 +163,37 @@ def _identity(name: str, task: Any, documents: list[dict]) -> dict[str, Any]:
         digest.update(json.dumps(document, sort_keys=True, default=str).encode())
     dumped = task.dump_config()
     metadata = {key: own for key, own in (dumped.get("metadata") or {}).items() if key != "config_source"}  # a path
-    config = json.dumps({**dumped, "metadata": metadata}, sort_keys=True, default=lambda value: type(value).__name__)
+    config = json.dumps({**dumped, "metadata": metadata}, sort_keys=True, default=_named)
     config = re.sub(r" at 0x[0-9a-f]+", "", config)
     return {
         "name": name,
         "version": str(task.VERSION),
         "documents": digest.hexdigest()[:16],
         "config": hashlib.sha256(config.encode()).hexdigest()[:16],
+        **_own_code(task, len(documents)),
     }
+
+
+def _named(value: Any) -> str:
+    """Return a function by its name, and any other object by its kind."""
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _own_code(task: Any, items: int) -> dict[str, str]:
+    """Return what changes with functions that come with a task; nothing where it has none of its own.
+
+    The config holds the source of a function alone. Constants and helpers beside it are in the hash of the files, and
+    what it reads from other files is in the requests that it makes.
+    """
+    files = function_files([type(task), task.config])
+    if not files:
+        return {}
+    with redirect_stderr(StringIO()):  # lm-eval shows a bar
+        task.build_all_requests(limit=items, rank=0, world_size=1)
+    digest = hashlib.sha256()
+    for request in task.instances:
+        digest.update(json.dumps(request.args, sort_keys=True, default=str).encode())
+    return {"code": source_hash(files), "requests": digest.hexdigest()[:16]}
 
 
 def _shared(documents: list[dict]) -> str | None:

@@ -3,6 +3,7 @@
 import getpass
 import json
 import subprocess
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,67 @@ def test_a_repository_by_its_commit_and_its_changes(tmp_path):
         assert state["changed"]
         states.add(state["difference"])
     assert len(states) == 2
+
+
+@pytest.fixture
+def repositories(tmp_path):
+    """A clone with a package in it, an unrelated repository, and its commits."""
+    commits = {}
+    for name in ("clone", "unrelated"):
+        (tmp_path / name / "package").mkdir(parents=True)
+        (tmp_path / name / "package" / "__init__.py").write_text(name)
+        git(tmp_path / name, "init")
+        git(tmp_path / name, "add", ".")
+        git(tmp_path / name, "commit", "-m", name)
+        commits[name] = environment.git_state(tmp_path / name)["commit"]
+    (tmp_path / "nowhere").mkdir()
+    return tmp_path, commits["clone"], commits["unrelated"]
+
+
+def test_the_clone_of_the_package_is_not_taken_for_the_current_folder(repositories):
+    path, ours, other = repositories
+    package = path / "clone" / "package"
+    for here in (path / "nowhere", path / "clone", package):
+        found = environment.git_states(package, here)
+        assert {name: state["commit"] for name, state in found.items()} == {"package": ours}
+    found = environment.git_states(package, path / "unrelated")
+    assert {name: state["commit"] for name, state in found.items()} == {"package": ours, "current_folder": other}
+    (package / "__init__.py").write_text("changed")
+    found = environment.git_states(package, path / "unrelated")
+    assert [state["changed"] for state in found.values()] == [True, False]
+
+
+def test_a_package_that_is_installed_into_a_repository_is_none_of_its_files(repositories):
+    path, _, other = repositories
+    installed = path / "unrelated" / ".venv" / "package"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    assert environment.git_states(installed, path / "nowhere") == {}
+    found = environment.git_states(installed, path / "unrelated")
+    assert {name: state["commit"] for name, state in found.items()} == {"current_folder": other}
+
+
+def test_a_run_elsewhere_knows_the_clone_of_this_package(repositories, monkeypatch):
+    monkeypatch.chdir(repositories[0] / "unrelated")
+    package = Path(environment.__file__).parents[1]
+    tracked = subprocess.run(["git", "-C", package, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True)
+    states = environment.describe()["git"]
+    assert ("package" in states) == (tracked.returncode == 0)
+    assert states.get("package") == (environment.git_state(package) if tracked.returncode == 0 else None)
+    assert states["current_folder"]["commit"] == repositories[2]
+
+
+def test_packages_that_may_be_missing_and_plugins_are_known_where_installed(tmp_path, monkeypatch):
+    info = tmp_path / "plugged_rules-3.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged-rules\nVersion: 3.1\n")
+    (info / "entry_points.txt").write_text("[dllm_sparsity.rules]\nplugged = plugged:Plugged\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = environment.describe()["packages"]
+    assert found["plugged-rules"] == "3.1"
+    there = {each.name.lower(): each.version for each in distributions()}
+    for name in ("peft", "bitsandbytes", "kernels", "ray", "submitit"):
+        assert found.get(name) == there.get(name)
 
 
 def test_a_run_knows_its_model_its_data_and_its_machine(study, tmp_path, monkeypatch):
@@ -82,4 +144,5 @@ def test_the_revision_is_the_commit_of_the_hub_where_known(known):
     weights = {"hub": "org/name", "commit": "c" * 40} if known else {"model.safetensors": "1"}
     found = environment.describe_model(environment.model_settings(lm), SimpleNamespace(revision="main"), weights)
     assert found["revision"] == ("c" * 40 if known else "main")
+    assert found["weights"].split(maxsplit=1)[1] == ("of the hub's commit" if known else "of the files")
     assert found["dtype"] == "bfloat16"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
 from dllm_sparsity.study.plan import Cell, Loaded, cell_parts, expand, fingerprint, stacks
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
+from dllm_sparsity.study.weights import weights_identity
 
 _SPARSE = 1.3  # what a rule adds to the cost of a dense cell
 
@@ -52,14 +53,11 @@ class Planner:
     """
 
     def __init__(self, config: StudyConfig, device: str) -> None:
-        kinds = [registry.get("rules", rule.name) for rule in config.rules]
-        kinds += [registry.get("samplers", model.sampler) for model in config.models]
-        code = environment.code_identity({kind.__module__ for kind in kinds})
+        code = environment.code_identity({registry.get(kind, name).__module__ for kind, name in _used(config)})
         self.config = config
         self.versions = {**environment.versions(), "code": code, "device": device}
-        self.weights = {
-            model: environment.weights_identity(resolve(model.model), model.revision) for model in config.models
-        }
+        self.packages = {model: environment.installed(own_packages(model)) for model in config.models}
+        self.weights = {model: weights_identity(resolve(model.model), model.revision) for model in config.models}
         self.tasks: dict[TaskSpec, list[LoadedTask]] = {spec: load_tasks(spec, config.seed) for spec in config.tasks}
         check_search(config.search, [task for _, task in self._loaded()])
 
@@ -70,7 +68,10 @@ class Planner:
             cell: The cell.
             task: Its task, loaded.
         """
-        parts = cell_parts(cell, self.config.seed, self.weights[cell.model], task.identity, self.versions)
+        model = cell.model
+        parts = cell_parts(
+            cell, self.config.seed, self.weights[model], task.identity, self.versions, self.packages[model]
+        )
         return Job(cell, task, fingerprint(parts), parts)
 
     def all(self) -> list[Job]:
@@ -111,6 +112,31 @@ class Planner:
                 run += sum(count * size for count, size in expected.layer_cells(search, task.items, curves, layers))
                 cost += self.job(Cell(model, spec, None, None, None, ()), task).cost * run / max(1, task.items)
         return _SPARSE * cost
+
+
+def _used(config: StudyConfig) -> Iterator[tuple[str, str]]:
+    """Give kind and name of all in the registry that computes in a study."""
+    for rule in config.rules:
+        yield "rules", rule.name
+        known = registry.names("rules")  # a rule may be made of another
+        yield from (("rules", each) for each in rule.parameters.values() if isinstance(each, str) and each in known)
+    for model in config.models:
+        yield from (("samplers", model.sampler), ("backends", model.paradigm))
+    yield from (("families", name) for name in registry.names("families"))  # the first that matches is taken
+
+
+def own_packages(model: ModelConfig) -> tuple[str, ...]:
+    """Return the packages that can change a number of a model, beside those that can for all.
+
+    Args:
+        model: The model.
+
+    Raises:
+        UserError: Its configuration cannot be had.
+    """
+    config = find_architecture(resolve(model.model), model.revision).config
+    quantised = environment.QUANTISERS if config.get("quantization_config") else ()
+    return (*(environment.PIPELINES if model.pipeline is not None else ()), *quantised)
 
 
 def _layers(model: ModelConfig) -> int | None:

@@ -13,7 +13,7 @@ from dllm_sparsity.study import environment
 from dllm_sparsity.study.attached import Host, LocalHost
 from dllm_sparsity.study.config import ModelConfig, StudyConfig
 from dllm_sparsity.study.engines import Engine, Share, slurm
-from dllm_sparsity.study.engines.planner import Job, Planner, together
+from dllm_sparsity.study.engines.planner import Job, Planner, own_packages, together
 from dllm_sparsity.study.engines.pool import Pool, PoolHost
 from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
 from dllm_sparsity.study.plan import Asks, Loaded
@@ -90,7 +90,9 @@ def run_study(
             pool = open_pool(engine, config, rundir.log)
             described = environment.describe(choose_device(config.device), config.seed)
             if pool is not None:
-                pool.accept = partial(_check_same, here={**described, "code": environment.code_identity()})
+                here = {**described, "code": environment.code_identity()}
+                computing = {*environment.COMPUTING, *(own for model in config.models for own in own_packages(model))}
+                pool.accept = partial(_check_same, here=here, computing=sorted(computing))
                 described |= {**pool.describe(), "git": described.get("git"), "workers": len(pool)}
             elif engine.kind == "slurm":
                 described["device"] = slurm.device_of(engine, config.device)
@@ -283,13 +285,13 @@ def open_pool(engine: Engine, config: StudyConfig, log: Path) -> Pool | None:
     return local_pool(engine, config.device, config.seed, log)
 
 
-def _check_same(there: dict[str, Any], here: dict[str, Any]) -> None:
+def _check_same(there: dict[str, Any], here: dict[str, Any], computing: Sequence[str]) -> None:
     """Refuse a worker whose code or packages are not those that fingerprints are made of."""
-    for name in environment.COMPUTING:
-        if there["packages"][name] != here["packages"][name]:
+    for name in computing:
+        theirs, ours = (each["packages"].get(name, "not installed") for each in (there, here))
+        if theirs != ours:
             raise UserError(
-                f"{name} is {there['packages'][name]} on a worker and {here['packages'][name]} here",
-                "install the same versions on all machines",
+                f"{name} is {theirs} on a worker and {ours} here", "install the same versions on all machines"
             )
     if there["code"] != here["code"]:
         raise UserError("a worker runs other code of dllm-sparsity", "install the same version on all machines")
