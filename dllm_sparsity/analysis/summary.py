@@ -137,7 +137,7 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any]:
     test, tested = verdict.test, verdict.p_holm is not None
     return {
         "difference_interval": test.interval,
-        "smallest_detectable": test.smallest_detectable,
+        "smallest_detectable": verdict.smallest_detectable,
         "standard_error": test.standard_error,
         "p": test.p if tested else None,
         "p_holm": verdict.p_holm,

@@ -16,9 +16,8 @@ from dllm_sparsity.analysis.noise import NoiseFloor, floors_of, is_one_batch, re
 from dllm_sparsity.analysis.paired import PairedTest, paired_tests
 from dllm_sparsity.analysis.pairing import Paired, item_groups, pair
 from dllm_sparsity.analysis.qualities import SCALES, pairs
-from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
+from dllm_sparsity.analysis.statistics import DRAWS, SEED, SIGNIFICANCE, holm
 
-SIGNIFICANCE = 0.05
 FEW_GROUPS = 20
 _SMALLEST_TOLD = 1e-6  # of a difference with fixed digits
 
@@ -31,6 +30,7 @@ class Verdict:
         test: The paired test.
         p_holm: Its p-value corrected for all cells of one task and measure; None where nothing was tested.
         comparisons: How many these are.
+        smallest_detectable: Smallest true difference found with 80 % power among all of them; None where nothing says.
         floor: The noise floor in the quality's unit; None where the dense cell was run once.
         outcome: worse, better, alone (without the correction only), noise, none, same or share.
         words: The outcome in words.
@@ -40,6 +40,7 @@ class Verdict:
     test: PairedTest
     p_holm: float | None
     comparisons: int
+    smallest_detectable: float | None
     floor: float | None
     outcome: str
     words: str
@@ -157,15 +158,18 @@ def _verdict(
     loss = -SCALES[kind].sign * test.difference
     size, low, high = amounts((abs(loss), *_sided(loss, SCALES[kind].sign, test.interval)), kind)
     told = f"{'worse' if loss > 0 else 'better'} by {size}{unit(kind)} [{low}, {high}]"
-    least = (
-        "" if test.smallest_detectable is None else f"; smallest detectable {amount(test.smallest_detectable, kind)}"
-    )
+    smallest = test.smallest_detectable(comparisons) if comparisons else None
+    among = f" among {comparisons} comparisons" if comparisons > 1 else ""
+
+    def least(place: str) -> str:
+        return "" if smallest is None else f"; smallest detectable{place} {amount(smallest, kind)}"
+
     words = {
-        "same": f"no difference: all {test.items} items give the same{least}",
+        "same": f"no difference: all {test.items} items give the same{least(among)}",
         "share": f"{size} % of answer tokens differ [{low}, {high}]",
         "noise": f"within noise: {told}, and dense run again moves by up to {amount(floor or 0.0, kind)}",
-        "alone": f"{told} if it stood alone, not among {comparisons} comparisons{least}",
-        "none": f"no difference detectable{least}",
+        "alone": f"{told} if it stood alone, not{among}{least(' among these')}",
+        "none": f"no difference detectable{least(among)}",
     }.get(outcome, told)
     bare = f"{size} [{low}, {high}]"
     short = {
@@ -175,7 +179,7 @@ def _verdict(
         "none": "none detectable",
         "alone": f"none among {comparisons}",
     }.get(outcome, f"{outcome} by {bare}")
-    return Verdict(test, p_holm, comparisons, floor, outcome, words, short)
+    return Verdict(test, p_holm, comparisons, smallest, floor, outcome, words, short)
 
 
 def _sided(loss: float, sign: int, interval: tuple[float, float]) -> tuple[float, float]:
