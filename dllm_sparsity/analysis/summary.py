@@ -105,7 +105,7 @@ def _curve(curve: Curve, judged: Judged) -> dict[str, Any]:
         "critical": [own.told for own in curve.readings],
         "noise": vars(judged.noise) if judged.noise else None,
         "points": [_point(*both) for both in zip(curve.points, judged.verdicts, strict=True)],
-        "path": next((own["path"] for own in _answers(curve)), []),
+        "path": [_step(own, judged) for own in next((own["path"] for own in _answers(curve)), [])],
         **_cost(curve.group.dense),
     }
 
@@ -127,6 +127,14 @@ def _point(point: Point, verdict: Verdict | None) -> dict[str, Any]:
     record = point.cell.record
     named = {"fingerprint": record["fingerprint"], "dense": record["dense"], "strength": record["strength"]}
     return named | fields | _verdict(verdict)
+
+
+def _step(step: dict[str, Any], judged: Judged) -> dict[str, Any]:
+    """Return a strength of a search; what is said of it against dense, where it is none of the curve's points."""
+    verdict = judged.elsewhere.get(step["strength"])
+    if verdict is None:
+        return step
+    return step | {"dense": False, "difference": verdict.test.difference} | _verdict(verdict)
 
 
 def _verdict(verdict: Verdict | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from dllm_sparsity.analysis.amounts import amount, amounts, unit
@@ -54,10 +55,12 @@ class Judged:
     Args:
         verdicts: One for each point of the curve; None for dense.
         noise: What two dense runs differ by; None where there is one.
+        elsewhere: Those of the strengths that a search measured on other items, each on its own, by strength.
     """
 
     verdicts: tuple[Verdict | None, ...]
     noise: NoiseFloor | None
+    elsewhere: dict[float, Verdict]
 
 
 def judge(
@@ -78,25 +81,29 @@ def judge(
         UserError: The items of two cells are not the same.
     """
     tests, notes = _tests(curves, draws, seed)
+    others = [_elsewhere(curve, draws, seed) for curve in curves]
     families: dict[tuple[str, str], list[PairedTest]] = {}
-    for curve, own in zip(curves, tests, strict=True):
-        families.setdefault(_family(curve), []).extend(test for test in own if test and _tested(curve, test))
+    for curve, own, more in zip(curves, tests, others, strict=True):
+        both = [*own, *more.values()]
+        families.setdefault(_family(curve), []).extend(test for test in both if test and _tested(curve, test))
     corrected = {
         id(test): (p, len(family))
         for family in families.values()
         for test, p in zip(family, holm([test.p for test in family]), strict=True)
     }
     judged = []
-    for curve, own in zip(curves, tests, strict=True):
+    for curve, own, more in zip(curves, tests, others, strict=True):
         replicates, told = replicates_of(curve.group.dense, cells)
         notes += told
         noise = floors_of(curve.group.dense, replicates, curve.quality, draws, seed)
         if noise:
             notes.append(_noise_note(curve, noise, all(map(is_one_batch, replicates))))
-        found = [
-            None if test is None else _verdict(curve, test, *corrected.get(id(test), (None, 0)), noise) for test in own
-        ]
-        judged.append(Judged(tuple(found), noise))
+
+        def verdict(test: PairedTest, curve: Curve = curve, noise: NoiseFloor | None = noise) -> Verdict:
+            return _verdict(curve, test, *corrected.get(id(test), (None, 0)), noise)
+
+        found = tuple(None if test is None else verdict(test) for test in own)
+        judged.append(Judged(found, noise, {strength: verdict(test) for strength, test in more.items()}))
     return judged, list(dict.fromkeys(notes))
 
 
@@ -119,6 +126,22 @@ def _tests(curves: Sequence[Curve], draws: int, seed: int) -> tuple[list[list[Pa
         if groups is not None:
             notes += _group_notes(group.dense, int(groups.max()) + 1)
     return found, notes
+
+
+def _elsewhere(curve: Curve, draws: int, seed: int) -> dict[float, PairedTest]:
+    """Return the tests of the strengths that a search on this quality measured on other items, each on its own."""
+    group, found = curve.group, {}
+    if all(own["quality"] != curve.quality["name"] for own in group.answers):
+        return {}
+    for cell in group.elsewhere:
+        tables = pair([group.dense, cell]).tables
+        values = [pairs(curve.quality, table, tables[0]) for table in tables]
+        counted = np.isfinite(np.array(values)).all((0, 1))
+        if counted.any():
+            dense, other = ((top[counted], bottom[counted]) for top, bottom in values)
+            groups = item_groups(tables[0].filter(pa.array(counted)))
+            found[cell.record["strength"]] = paired_tests(dense, [other], groups, draws, seed)[0]
+    return found
 
 
 def _group_notes(dense: Cell, count: int) -> list[str]:
