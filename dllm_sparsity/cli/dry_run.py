@@ -49,7 +49,7 @@ def dry_run(config: StudyConfig, as_json: bool, engine: Engine, gate: Gate | Non
     with _Telling() as tell, silence():
         found = find_out(config, tell)
     if gate is not None and all(part.work is not None for part in found.parts):
-        from dllm_sparsity.cli.gate import unknown_ahead
+        from dllm_sparsity.cli.gate_names import unknown_ahead
 
         found.problems += unknown_ahead(gate, config, dict.fromkeys(part.task for part in found.parts))
     command = None if found.problems else _command()
