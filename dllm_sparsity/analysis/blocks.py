@@ -45,7 +45,8 @@ class JoinedCell(Cell):
 def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
     """Return cells with blocks joined, and searches on the dense cells they start from.
 
-    Of a search, the strength is kept that was measured on most items, and others on the same ones; all are in its path.
+    Of a search, the strength is kept that was measured on most items, and others on the same ones; the dense cell has
+    all the others.
     Where a dense cell of all items was run as well, it stands for the search's own.
 
     Args:
@@ -61,12 +62,15 @@ def joined(cells: Sequence[Cell], answers: Sequence[Answer]) -> list[Cell]:
             before = best.get(_curve(cell.record))
             if before is None or cell.record["items"] > before.record["items"]:
                 best[_curve(cell.record)] = cell
+    elsewhere = []
     for cell in found:
         if cell.record["dense"]:
             whole += [] if _place(cell) in dense else [cell]
         elif cell.places == best[_curve(cell.record)].places:
             whole.append(cell)
-    return [searched_from(cell, answers) for cell in whole]
+        else:
+            elsewhere.append(cell)
+    return [searched_from(cell, answers, elsewhere) for cell in whole]
 
 
 def blocks_of(cells: Sequence[Cell]) -> list[JoinedCell]:
@@ -155,7 +159,7 @@ def _join(blocks: list[Cell]) -> JoinedCell:
     record["items"] = sum(cell.record["items"] for cell in chain)
     record["totals"] = _added([cell.record["totals"] for cell in chain])
     record["notes"] = list(dict.fromkeys(note for cell in chain for note in cell.record["notes"]))
-    return JoinedCell(chain[0].folder, record, (), tuple(chain))  # pyright: ignore[reportArgumentType]
+    return JoinedCell(chain[0].folder, record, blocks=tuple(chain))  # pyright: ignore[reportArgumentType]
 
 
 def _added(totals: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -171,17 +175,20 @@ def _added(totals: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return added
 
 
-def searched_from(cell: Cell, answers: Sequence[Answer]) -> Cell:
+def searched_from(cell: Cell, answers: Sequence[Answer], elsewhere: Sequence[Cell]) -> Cell:
     """Return a dense cell with what was searched from it; any other cell as it is.
 
     Args:
         cell: The cell.
         answers: What search.json holds of each curve and retention.
+        elsewhere: Strengths that searches measured on other items than those of the curves' points; the first of a
+            setting is taken.
     """
     if not cell.record["dense"] or cell.record.get("replicate"):
         return cell
     own = tuple(answer for answer in answers if _place(cell) == tuple(answer[name] for name in _PLACE))
-    return replace(cell, searches=own) if own else cell
+    others = {_setting(own): own for own in reversed(elsewhere) if _place(own) == _place(cell)}
+    return replace(cell, searches=own, elsewhere=tuple(others.values())) if own else cell
 
 
 _PLACE = ("paradigm", "model", "task")

@@ -23,7 +23,7 @@ class Comparison:
         retention: Share of the dense quality kept.
         difference: Critical sparsity of diffusion less that of autoregressive, interpolated reading.
         interval: 95 % bootstrap interval; both curves are resampled over the same documents where they share them.
-        paired: Whether they do.
+        paired: Whether they do; the answers of searches do not.
         bounded: Whether one of both curves never fell below the threshold, so that the difference is one-sided.
         smallest_detectable: Smallest true difference found with 80 % power, by the spread of the draws; None where
             bounded, for bounds spread less than what they bound.
@@ -48,11 +48,12 @@ def comparisons(curves: Sequence[Curve], retentions: Sequence[float] = RETENTION
     """
     found = []
     for first, second in _twins(curves):
-        paired = first.keys == second.keys and _same(first.clusters, second.clusters)
+        same = first.keys == second.keys and _same(first.clusters, second.clusters)
         for retention in retentions:
             one, two = first.reading(retention=retention), second.reading(retention=retention)
             if one.value is None or two.value is None:
                 continue
+            paired = same and one.items is None and two.items is None  # answers of two searches share no draws
             draws, bounded = two.draws - _drawn(one, paired), one.censored or two.censored
             found.append(
                 Comparison(

@@ -33,7 +33,6 @@ from dllm_sparsity.analysis.statistics import (
     paired_error,
     percentile_interval,
     resampled_sums,
-    smallest_detectable,
 )
 from dllm_sparsity.study.records import PRIMITIVE_SITES, Quality
 
@@ -54,7 +53,6 @@ class Point:
     retention_interval: Interval
     difference: float
     difference_interval: Interval
-    smallest_detectable: float
     mcnemar_p: float | None
 
 
@@ -226,7 +224,6 @@ def points_of(
             retention_interval=percentile_interval(retained[1:, i]),
             difference=float(measured[0, i] - measured[0, 0]),
             difference_interval=percentile_interval(measured[1:, i] - measured[1:, 0]),
-            smallest_detectable=smallest_detectable(float(np.nanstd(measured[1:, i] - measured[1:, 0]))),
             mcnemar_p=exact[i],
         )
         for i, cell in enumerate(cells)

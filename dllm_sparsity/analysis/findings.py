@@ -77,17 +77,27 @@ def first_worse(curve: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str,
     """Return the least sparse cell that is worse than dense, and the cell before it.
 
     Args:
-        curve: A curve of the summary; its points are in the order of their sparsity.
+        curve: A curve of the summary; of one that was searched, all strengths count, each on its own items.
 
     Returns:
         The cell, None where no cell is worse; and the sparsest cell before it, None where there is none.
     """
     before = None
-    for point in curve["points"]:
+    for point in tested(curve):
         if point["outcome"] == "worse":
             return point, before
         before = None if point["dense"] else point
     return None, before
+
+
+def tested(curve: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the cells of a curve that are set against dense, dense first and the others by their sparsity.
+
+    Args:
+        curve: A curve of the summary.
+    """
+    both = [*curve["points"], *(own for own in curve["path"] if "outcome" in own)]
+    return sorted(both, key=lambda point: (not point["dense"], point["sparsity"] or 0.0))
 
 
 def in_words(reading: Reading) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dllm_sparsity.analysis.blocks import Answer, answers_of, is_block
+from dllm_sparsity.analysis.blocks import Answer, answers_of, is_block, is_of
 from dllm_sparsity.analysis.loading import Cell
 from dllm_sparsity.study.records import Quality
 
@@ -37,6 +37,11 @@ class Group:
     def answers(self) -> list[Answer]:
         """Return what was searched on the curve, as search.json has it."""
         return answers_of(self.dense, self.cells[0].record) if self.cells else []
+
+    @property
+    def elsewhere(self) -> list[Cell]:
+        """Return the strengths that a search measured on other items than those of the cells."""
+        return [cell for cell in self.dense.elsewhere if self.cells and is_of(cell.record, self.cells[0].record)]
 
     @property
     def is_searched(self) -> bool:

@@ -45,9 +45,10 @@ def join(runs: Sequence[Run], path: Path) -> Run:
                 _same(key, *seen.setdefault(key, (run, fields)), run, fields)
             kept.setdefault(cell.record["fingerprint"], cell)
     answers = search["curves"] if search else []  # whichever dense cell is used, it has those of all runs
+    elsewhere = [own for run in runs for cell in run.cells for own in cell.elsewhere]
     return Run(
         path=path,
-        cells=tuple(searched_from(cell, answers) for cell in sorted(kept.values(), key=_order)),
+        cells=tuple(searched_from(cell, answers, elsewhere) for cell in sorted(kept.values(), key=_order)),
         unsealed=sum(run.unsealed for run in runs),
         damaged=tuple(f"{run.name}, {each}" for run in runs for each in run.damaged),
         unfounded=tuple(f"{run.name}, {each}" for run in runs for each in run.unfounded),

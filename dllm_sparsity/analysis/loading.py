@@ -32,11 +32,13 @@ class Cell:
         folder: The cell's folder.
         record: What its cell.json holds.
         searches: Of a dense cell: what was searched from it, as search.json has it.
+        elsewhere: Of a dense cell: strengths that searches measured on other items than those of the curves' points.
     """
 
     folder: Path
     record: CellRecord
     searches: tuple[dict[str, Any], ...] = ()
+    elsewhere: tuple[Cell, ...] = ()
 
     @cached_property
     def samples(self) -> pa.Table:

@@ -11,6 +11,7 @@ import numpy as np
 from dllm_sparsity.analysis.statistics import (
     DRAWS,
     SEED,
+    SIGNIFICANCE,
     Ratio,
     mcnemar_exact,
     paired_error,
@@ -34,9 +35,7 @@ class PairedTest:
         standard_error: Linearised, clustered where items have groups.
         p: Two-sided p-value of no difference; NaN where there are fewer than two items or groups.
         test: Which test gave it.
-        smallest_detectable: Smallest true difference that one comparison at 5 % finds with 80 % power, by the bootstrap
-            spread of this very difference, and no less than an exact McNemar test needs where that is the test; None
-            where neither says anything.
+        spread: Bootstrap standard error of the difference.
         items: Number of items.
         groups: Number of groups; None where items are independent.
         changed: Items whose value differs.
@@ -47,10 +46,30 @@ class PairedTest:
     standard_error: float
     p: float
     test: str
-    smallest_detectable: float | None
+    spread: float
     items: int
     groups: int | None
     changed: int
+
+    def smallest_detectable(self, comparisons: int = 1) -> float | None:
+        """Return the smallest true difference that is found with 80 % power, by the spread of this very difference.
+
+        Among several comparisons it is found at the first and strictest step of Holm's correction;
+        and it is no less than an exact McNemar test needs where that is the test.
+
+        Args:
+            comparisons: How many tests share the 5 %.
+
+        Returns:
+            The difference; None where there is no spread to go by.
+        """
+        level = 1 - SIGNIFICANCE / comparisons
+        by_spread = self.changed > 0 and math.isfinite(self.spread)
+        least = smallest_detectable(self.spread, level=level) if by_spread else None
+        if self.test != _EXACT:
+            return least
+        bound = smallest_detectable_by_mcnemar(self.items, level=level)
+        return None if bound is None else max(bound, least or 0.0)
 
 
 def paired_tests(
@@ -97,17 +116,13 @@ def _test(reference: Ratio, other: Ratio, groups: np.ndarray | None, differences
         p = t_test(difference, error, count - 1) if changed else 1.0
         test = "paired t" if groups is None else "paired t, clustered"
     spread = float(np.nanstd(differences[1:])) if np.isfinite(differences[1:]).any() else math.nan
-    least = smallest_detectable(spread) if changed else None
-    if test == _EXACT:
-        bound = smallest_detectable_by_mcnemar(items)
-        least = bound if bound is None else max(bound, least or 0.0)
     return PairedTest(
         difference=difference,
         interval=percentile_interval(differences[1:]),
         standard_error=error,
         p=p,
         test=test,
-        smallest_detectable=least,
+        spread=spread,
         items=items,
         groups=None if groups is None else count,
         changed=changed,

@@ -105,7 +105,7 @@ def _curve(curve: Curve, judged: Judged) -> dict[str, Any]:
         "critical": [own.told for own in curve.readings],
         "noise": vars(judged.noise) if judged.noise else None,
         "points": [_point(*both) for both in zip(curve.points, judged.verdicts, strict=True)],
-        "path": next((own["path"] for own in _answers(curve)), []),
+        "path": [_step(own, judged) for own in next((own["path"] for own in _answers(curve)), [])],
         **_cost(curve.group.dense),
     }
 
@@ -129,6 +129,14 @@ def _point(point: Point, verdict: Verdict | None) -> dict[str, Any]:
     return named | fields | _verdict(verdict)
 
 
+def _step(step: dict[str, Any], judged: Judged) -> dict[str, Any]:
+    """Return a strength of a search; what is said of it against dense, where it is none of the curve's points."""
+    verdict = judged.elsewhere.get(step["strength"])
+    if verdict is None:
+        return step
+    return step | {"dense": False, "difference": verdict.test.difference} | _verdict(verdict)
+
+
 def _verdict(verdict: Verdict | None) -> dict[str, Any]:
     """Return what is said of a cell against dense; of dense against itself there is nothing to say."""
     if verdict is None:
@@ -137,7 +145,7 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any]:
     test, tested = verdict.test, verdict.p_holm is not None
     return {
         "difference_interval": test.interval,
-        "smallest_detectable": test.smallest_detectable,
+        "smallest_detectable": verdict.smallest_detectable,
         "standard_error": test.standard_error,
         "p": test.p if tested else None,
         "p_holm": verdict.p_holm,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from dllm_sparsity.analysis.amounts import amount, amounts, unit
@@ -16,9 +17,8 @@ from dllm_sparsity.analysis.noise import NoiseFloor, floors_of, is_one_batch, re
 from dllm_sparsity.analysis.paired import PairedTest, paired_tests
 from dllm_sparsity.analysis.pairing import Paired, item_groups, pair
 from dllm_sparsity.analysis.qualities import SCALES, pairs
-from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
+from dllm_sparsity.analysis.statistics import DRAWS, SEED, SIGNIFICANCE, holm
 
-SIGNIFICANCE = 0.05
 FEW_GROUPS = 20
 _SMALLEST_TOLD = 1e-6  # of a difference with fixed digits
 
@@ -31,6 +31,7 @@ class Verdict:
         test: The paired test.
         p_holm: Its p-value corrected for all cells of one task and measure; None where nothing was tested.
         comparisons: How many these are.
+        smallest_detectable: Smallest true difference found with 80 % power among all of them; None where nothing says.
         floor: The noise floor in the quality's unit; None where the dense cell was run once.
         outcome: worse, better, alone (without the correction only), noise, none, same or share.
         words: The outcome in words.
@@ -40,6 +41,7 @@ class Verdict:
     test: PairedTest
     p_holm: float | None
     comparisons: int
+    smallest_detectable: float | None
     floor: float | None
     outcome: str
     words: str
@@ -53,10 +55,12 @@ class Judged:
     Args:
         verdicts: One for each point of the curve; None for dense.
         noise: What two dense runs differ by; None where there is one.
+        elsewhere: Those of the strengths that a search measured on other items, each on its own, by strength.
     """
 
     verdicts: tuple[Verdict | None, ...]
     noise: NoiseFloor | None
+    elsewhere: dict[float, Verdict]
 
 
 def judge(
@@ -77,25 +81,29 @@ def judge(
         UserError: The items of two cells are not the same.
     """
     tests, notes = _tests(curves, draws, seed)
+    others = [_elsewhere(curve, draws, seed) for curve in curves]
     families: dict[tuple[str, str], list[PairedTest]] = {}
-    for curve, own in zip(curves, tests, strict=True):
-        families.setdefault(_family(curve), []).extend(test for test in own if test and _tested(curve, test))
+    for curve, own, more in zip(curves, tests, others, strict=True):
+        both = [*own, *more.values()]
+        families.setdefault(_family(curve), []).extend(test for test in both if test and _tested(curve, test))
     corrected = {
         id(test): (p, len(family))
         for family in families.values()
         for test, p in zip(family, holm([test.p for test in family]), strict=True)
     }
     judged = []
-    for curve, own in zip(curves, tests, strict=True):
+    for curve, own, more in zip(curves, tests, others, strict=True):
         replicates, told = replicates_of(curve.group.dense, cells)
         notes += told
         noise = floors_of(curve.group.dense, replicates, curve.quality, draws, seed)
         if noise:
             notes.append(_noise_note(curve, noise, all(map(is_one_batch, replicates))))
-        found = [
-            None if test is None else _verdict(curve, test, *corrected.get(id(test), (None, 0)), noise) for test in own
-        ]
-        judged.append(Judged(tuple(found), noise))
+
+        def verdict(test: PairedTest, curve: Curve = curve, noise: NoiseFloor | None = noise) -> Verdict:
+            return _verdict(curve, test, *corrected.get(id(test), (None, 0)), noise)
+
+        found = tuple(None if test is None else verdict(test) for test in own)
+        judged.append(Judged(found, noise, {strength: verdict(test) for strength, test in more.items()}))
     return judged, list(dict.fromkeys(notes))
 
 
@@ -118,6 +126,22 @@ def _tests(curves: Sequence[Curve], draws: int, seed: int) -> tuple[list[list[Pa
         if groups is not None:
             notes += _group_notes(group.dense, int(groups.max()) + 1)
     return found, notes
+
+
+def _elsewhere(curve: Curve, draws: int, seed: int) -> dict[float, PairedTest]:
+    """Return the tests of the strengths that a search on this quality measured on other items, each on its own."""
+    group, found = curve.group, {}
+    if all(own["quality"] != curve.quality["name"] for own in group.answers):
+        return {}
+    for cell in group.elsewhere:
+        tables = pair([group.dense, cell]).tables
+        values = [pairs(curve.quality, table, tables[0]) for table in tables]
+        counted = np.isfinite(np.array(values)).all((0, 1))
+        if counted.any():
+            dense, other = ((top[counted], bottom[counted]) for top, bottom in values)
+            groups = item_groups(tables[0].filter(pa.array(counted)))
+            found[cell.record["strength"]] = paired_tests(dense, [other], groups, draws, seed)[0]
+    return found
 
 
 def _group_notes(dense: Cell, count: int) -> list[str]:
@@ -157,15 +181,18 @@ def _verdict(
     loss = -SCALES[kind].sign * test.difference
     size, low, high = amounts((abs(loss), *_sided(loss, SCALES[kind].sign, test.interval)), kind)
     told = f"{'worse' if loss > 0 else 'better'} by {size}{unit(kind)} [{low}, {high}]"
-    least = (
-        "" if test.smallest_detectable is None else f"; smallest detectable {amount(test.smallest_detectable, kind)}"
-    )
+    smallest = test.smallest_detectable(comparisons) if comparisons else None
+    among = f" among {comparisons} comparisons" if comparisons > 1 else ""
+
+    def least(place: str) -> str:
+        return "" if smallest is None else f"; smallest detectable{place} {amount(smallest, kind)}"
+
     words = {
-        "same": f"no difference: all {test.items} items give the same{least}",
+        "same": f"no difference: all {test.items} items give the same{least(among)}",
         "share": f"{size} % of answer tokens differ [{low}, {high}]",
         "noise": f"within noise: {told}, and dense run again moves by up to {amount(floor or 0.0, kind)}",
-        "alone": f"{told} if it stood alone, not among {comparisons} comparisons{least}",
-        "none": f"no difference detectable{least}",
+        "alone": f"{told} if it stood alone, not{among}{least(' among these')}",
+        "none": f"no difference detectable{least(among)}",
     }.get(outcome, told)
     bare = f"{size} [{low}, {high}]"
     short = {
@@ -175,7 +202,7 @@ def _verdict(
         "none": "none detectable",
         "alone": f"none among {comparisons}",
     }.get(outcome, f"{outcome} by {bare}")
-    return Verdict(test, p_holm, comparisons, floor, outcome, words, short)
+    return Verdict(test, p_holm, comparisons, smallest, floor, outcome, words, short)
 
 
 def _sided(loss: float, sign: int, interval: tuple[float, float]) -> tuple[float, float]:

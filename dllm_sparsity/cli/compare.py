@@ -114,7 +114,7 @@ def compare(
             check_offline(build_config(study), config is not None)
 
     if gate is not None:
-        from dllm_sparsity.cli.gate import refuse_ahead
+        from dllm_sparsity.cli.gate_names import refuse_ahead
         from dllm_sparsity.study.config import build_config
 
         refuse_ahead(gate, build_config(study))

@@ -49,7 +49,7 @@ def dry_run(config: StudyConfig, as_json: bool, engine: Engine, gate: Gate | Non
     with _Telling() as tell, silence():
         found = find_out(config, tell)
     if gate is not None and all(part.work is not None for part in found.parts):
-        from dllm_sparsity.cli.gate import unknown_ahead
+        from dllm_sparsity.cli.gate_names import unknown_ahead
 
         found.problems += unknown_ahead(gate, config, dict.fromkeys(part.task for part in found.parts))
     command = None if found.problems else _command()
@@ -174,11 +174,12 @@ def _lines(found: DryRun, config: StudyConfig, engine: Engine, workers: int | No
     yield f"estimated disk: {at_least}{short(disk)}B" if disk else "estimated disk: not known"
     yield "GB: estimated peak of weights, activations, logits and cache; on a GPU at least that of the timed steps"
     yield from _shares(_saved(found, config))
-    items = {part.task: part.detectable for part in found.parts if part.detectable is not None}
-    for task, least in items.items():
+    items = {part.task: (part.detectable, part.comparisons) for part in found.parts if part.detectable is not None}
+    for task, (least, comparisons) in items.items():
+        among = f"among {comparisons} comparisons" if comparisons > 1 else "by one comparison"
         yield (
             f"{task.rsplit('/', 1)[-1]}: accuracies that differ by {100 * least:.1f} points or more are told apart "
-            "in 4 of 5 studies, without pairing; paired by item, smaller ones are"
+            f"in 4 of 5 studies {among}, without pairing; paired by item, smaller ones are"
         )
     reasons = [
         part.why if part.why.startswith("task ") else f"{part.model} on {part.task}: {part.why}"

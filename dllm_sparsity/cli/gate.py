@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import ast
+import difflib
+import math
 import operator
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from dllm_sparsity.cli.gate_names import Range, names
 from dllm_sparsity.errors import UserError, did_you_mean
 
-if TYPE_CHECKING:
-    from dllm_sparsity.study.config import StudyConfig
-
 EXIT_CODE = 4
-_COMPARE: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
+_ORDER: dict[type[ast.cmpop], Callable[[float, float], bool]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
 }
+_EQUAL = (ast.Eq, ast.NotEq)
+_NEAREST = 8
 _LONGEST = 1000
 _EXAMPLE = "write a condition such as: critical.easy_endings.intermediate.diffusion < 0.5"
 
@@ -54,9 +53,7 @@ class Gate:
     @property
     def asked(self) -> list[str]:
         """Return the names that it asks for."""
-        inner = {node.value for node in ast.walk(self._tree) if isinstance(node, ast.Attribute)}
-        paths = (node for node in ast.walk(self._tree) if isinstance(node, ast.Attribute | ast.Name))
-        return list(dict.fromkeys(".".join(_path(node)) for node in paths if node not in inner))
+        return _names(self._tree)
 
     def holds(self, summary: dict[str, Any]) -> bool:
         """Tell whether the condition holds.
@@ -65,9 +62,17 @@ class Gate:
             summary: What summary.json holds.
 
         Raises:
-            UserError: A name is not in it, or its value is not known.
+            UserError: A name is not in it, its value is not known, or it is only a bound, which does not decide this.
         """
-        return _truth(self._tree, names(summary))
+        known = names(summary)
+        found = _truth(self._tree, known)
+        if found is None:
+            # neither code 4, for nothing was seen to fail, nor 0, for nothing was seen to hold
+            raise UserError(
+                f"whether {self.text} is not known: {_bounds(self._tree, known)}",
+                "measure sparser strengths, or ask for something that the bound decides",
+            )
+        return found
 
 
 def leave(context: click.Context, gate: Gate, summary: dict[str, Any]) -> None:
@@ -83,108 +88,6 @@ def leave(context: click.Context, gate: Gate, summary: dict[str, Any]) -> None:
         context.exit(EXIT_CODE)
 
 
-def names(summary: dict[str, Any]) -> dict[str, float | None]:
-    """Return the names that a condition can use, with their values; None where a value is not known.
-
-    A curve is `TASK.SITE.PARADIGM`, followed by the model and the rule where that names several; averages stand in the
-    place of a task.
-
-    Args:
-        summary: What summary.json holds.
-    """
-    found: dict[str, float | None] = {f"counts.{name}": summary["counts"][name] for name in ("cells", "unsealed")}
-    curves = [curve for curve in summary["curves"] if curve["headline"]] + summary.get("averages", [])
-    short = [_dotted(curve["task"], curve["site"], curve["paradigm"]) for curve in curves]
-    for name, curve in zip(short, curves, strict=True):
-        place = name if short.count(name) == 1 else f"{name}.{_dotted(curve['model'], curve['rule'])}"
-        found |= _interval(f"dense.{place}", curve["dense"]["value"], curve["dense"]["interval"])
-        for critical in curve["critical"]:
-            if (critical["retention"], critical["reading"]) == (
-                summary["default_retention"],
-                summary["default_reading"],
-            ):
-                found |= _interval(f"critical.{place}", critical["value"], critical["interval"])
-    pairs = [pair for pair in summary["comparisons"] if pair["retention"] == summary["default_retention"]]
-    short = [_dotted(pair["task"], pair["site"]) for pair in pairs]
-    for name, pair in zip(short, pairs, strict=True):
-        more = _dotted(pair["rule"], pair["quality"], pair["autoregressive"], pair["diffusion"])
-        place = name if short.count(name) == 1 else f"{name}.{more}"
-        found |= _interval(f"difference.{place}", pair["difference"], pair["interval"])
-    return found
-
-
-def refuse_ahead(gate: Gate, config: StudyConfig) -> None:
-    """Refuse a condition before a run whose summary could not have its names.
-
-    Args:
-        gate: The condition.
-        config: The study.
-
-    Raises:
-        UserError: A name is unknown, or a task cannot be loaded.
-    """
-    from dllm_sparsity.cli.silence import silence
-    from dllm_sparsity.study.tasks import load_tasks
-
-    with silence():
-        tasks = [task.name for spec in config.tasks for task in load_tasks(spec, config.seed)]
-    if unknown := unknown_ahead(gate, config, tasks):
-        raise UserError(unknown[0], f"tasks of this study are: {', '.join(dict.fromkeys(tasks))}")
-
-
-def unknown_ahead(gate: Gate, config: StudyConfig, tasks: Iterable[str]) -> list[str]:
-    """Return what a condition asks for that no summary of a study will have, each in a sentence.
-
-    Args:
-        gate: The condition.
-        config: The study.
-        tasks: Its tasks, by lm-eval's names.
-    """
-    exact, begun = _names_ahead(config, tasks)
-    places = sorted({*exact, *begun})
-    return [
-        f"--fail-if: the summary will have no {name}{did_you_mean(name, places)}"
-        for name in gate.asked
-        if name not in exact
-        and not name.startswith(tuple(f"{place}." for place in begun))
-        and ".average of " not in name  # which tasks and qualities can be averaged, only the run tells
-    ]
-
-
-def _names_ahead(config: StudyConfig, tasks: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Return the names that a summary will have, and what others begin with: the model and the rule follow."""
-    from dllm_sparsity.analysis.averages import KINDS, name_of
-
-    exact, begun = {"counts.cells", "counts.unsealed"}, set()
-    tasks = list(tasks)
-    tasks += [name_of(count, kind) for count in range(2, len(tasks) + 1) for kind in (None, *KINDS)]
-    layerwise = config.search is not None and config.search.layerwise  # its curves may be there, or not
-    paradigms = [model.paradigm for model in config.models]
-    for task, site in product(tasks, dict.fromkeys(site for rule in config.rules for site in rule.sites)):
-        rules = sum(site in rule.sites for rule in config.rules)
-        for paradigm, kind in product(dict.fromkeys(paradigms), ("dense", "critical")):
-            place = f"{kind}.{_dotted(task, site, paradigm)}"
-            alone = rules * paradigms.count(paradigm) == 1
-            exact |= set(_interval(place, None, None)) if alone else set()
-            begun |= set() if alone and not layerwise else {place}
-        if len(set(paradigms)) > 1:
-            place = f"difference.{_dotted(task, site)}"  # with several qualities theirs and the models' names follow
-            exact |= set(_interval(place, None, None))
-            begun.add(place)
-    return exact, begun
-
-
-def _interval(name: str, value: float | None, interval: Any) -> dict[str, float | None]:
-    low, high = interval if interval else (None, None)
-    return {name: value, f"{name}.low": low, f"{name}.high": high}
-
-
-def _dotted(*parts: str) -> str:
-    """Join names with dots; what no name can hold becomes an underscore, and so does a dot inside a part."""
-    clean = (re.sub(r"\W", "_", str(part)) for part in parts)
-    return ".".join(f"_{part}" if part[:1].isdigit() else part for part in clean)
-
-
 def _check(node: ast.AST) -> None:
     """Refuse all but conditions.
 
@@ -198,7 +101,7 @@ def _check(node: ast.AST) -> None:
         _check(node.operand)
     elif isinstance(node, ast.Compare):
         for kind in node.ops:
-            if type(kind) not in _COMPARE:
+            if type(kind) not in (*_ORDER, *_EQUAL):
                 raise ValueError("compare with <, <=, >, >=, == or !=")
         for side in (node.left, *node.comparators):
             _number(side, None)
@@ -206,37 +109,76 @@ def _check(node: ast.AST) -> None:
         raise ValueError(f"{ast.unparse(node)[:60]} compares nothing")
 
 
-def _truth(node: ast.AST, known: dict[str, float | None]) -> bool:
+def _names(tree: ast.AST) -> list[str]:
+    """Return the names in a condition."""
+    inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    paths = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name))
+    return list(dict.fromkeys(".".join(_path(node)) for node in paths if node not in inner))
+
+
+def _truth(node: ast.AST, known: Mapping[str, Range | None]) -> bool | None:
+    """Return whether a condition holds; None where what is only a bound does not decide it."""
     if isinstance(node, ast.BoolOp):
-        every = all if isinstance(node.op, ast.And) else any
-        return every([_truth(value, known) for value in node.values])
+        found = [_truth(value, known) for value in node.values]  # all are asked, so that none is unknown unseen
+        return _joined(found, isinstance(node.op, ast.Or))
     if isinstance(node, ast.UnaryOp):
-        return not _truth(node.operand, known)
+        return _turned(_truth(node.operand, known))
     if not isinstance(node, ast.Compare):
         raise TypeError(type(node).__name__)  # refused when it was parsed
     sides = [_number(side, known) for side in (node.left, *node.comparators)]
-    return all([_COMPARE[type(kind)](*pair) for kind, pair in zip(node.ops, pairwise(sides), strict=True)])
+    return _joined([_compared(kind, *pair) for kind, pair in zip(node.ops, pairwise(sides), strict=True)], False)
 
 
-def _number(node: ast.AST, known: dict[str, float | None] | None) -> float:
-    """Return the value of a number or a name; with None for what is known only its form is checked."""
+def _joined(found: list[bool | None], decides: bool) -> bool | None:
+    """Return `decides` where one of several is it, what is not known where one is not, and else the contrary."""
+    return decides if decides in found else None if None in found else not decides
+
+
+def _turned(found: bool | None) -> bool | None:
+    return None if found is None else not found
+
+
+def _compared(kind: ast.cmpop, first: Range, second: Range) -> bool | None:
+    if isinstance(kind, _EQUAL):
+        apart = _joined([_compared(way, first, second) for way in (ast.Lt(), ast.Gt())], True)
+        return apart if isinstance(kind, ast.NotEq) else _turned(apart)
+    found = {_ORDER[type(kind)](*ends) for ends in product(first, second)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _bounds(tree: ast.AST, known: Mapping[str, Range | None]) -> str:
+    """Return what is only a bound in a condition, in words."""
+    told = []
+    for name in _names(tree):
+        low, high = known[name] or (0.0, 0.0)
+        if low == high:
+            continue
+        bounds = [f"at least {low:.4g}"] if math.isfinite(low) else []
+        bounds += [f"at most {high:.4g}"] if math.isfinite(high) else []
+        told.append(f"{name} is only known to be {bounds[0]}" if bounds else f"{name} has no bound")
+    return ", ".join(told)
+
+
+def _number(node: ast.AST, known: Mapping[str, Range | None] | None) -> Range:
+    """Return where a number or a name lies; with None for what is known only its form is checked."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_number(node.operand, known)
+        low, high = _number(node.operand, known)
+        return -high, -low
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return float(node.value)  # pyright: ignore[reportArgumentType]
+        return (float(node.value),) * 2  # pyright: ignore[reportArgumentType]
     name = ".".join(_path(node))
     if known is None:
-        return 0.0
+        return 0.0, 0.0
     if name not in known:
-        some = [each for each in known if not each.endswith((".low", ".high"))]
+        near = difflib.get_close_matches(name, known, n=_NEAREST, cutoff=0.0)
         raise UserError(
             f"the summary has no {name}{did_you_mean(name, list(known))}",
-            f"it has {', '.join(some[:8])}{' ...' if len(some) > 8 else ''}; .low and .high are the interval's ends",
+            f"nearest are {', '.join(near)}; .low and .high are the interval's ends",
         )
     value = known[name]
     if value is None:
         raise UserError(f"{name} is not known in this run", "the report says why; choose another name")
-    return float(value)
+    return value
 
 
 def _path(node: ast.AST) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from dllm_sparsity.analysis.arrow import pc
+from dllm_sparsity.analysis.findings import tested
 from dllm_sparsity.analysis.overlap import AGAINST, has_overlap, overlap_by
 from dllm_sparsity.analysis.steps import counted, sparsity_by
 from dllm_sparsity.report.data import ReportData, StepSource
@@ -31,7 +32,7 @@ def tables_of(data: ReportData) -> dict[str, pa.Table]:
             | {"measure": curve["quality"]}  # a point's own `quality` is its value
             | {name: value for name, value in point.items() if name != "short"}
             for curve in found["curves"]
-            for point in curve["points"]
+            for point in tested(curve)
         ),
         "critical": _flat(
             {name: curve[name] for name in _CURVE} | reading

@@ -19,7 +19,8 @@ _SHORT = {"autoregressive": "AR", "diffusion": "diffusion"}
 _UNITS = {"accuracy": "right", "nll": "NLL", "loglikelihood": "log-lik.", "agreement": "equal"}
 _AGAINST = (
     "First cell worse: by how much and at which sparsity, where the loss stays significant after Holm's correction."
-    " Detectable: the least that the cell before it would have shown. Points of accuracy, or nats per token."
+    " Detectable: the least loss that would have shown so in the cell before it, in 4 of 5 studies."
+    " Points of accuracy, or nats per token."
 )
 _NOTES = 3
 _FEW = 20

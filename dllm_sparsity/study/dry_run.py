@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 from dllm_sparsity.errors import UserError
@@ -22,7 +23,6 @@ from dllm_sparsity.study.tasks import LoadedTask, load_tasks
 from dllm_sparsity.study.workload import Workload, make_planner, workload
 
 _ACCURACY = re.compile("acc|exact|match|pass|^em$")
-_Z = 1.959964 + 0.841621  # two-sided 5 %, power 80 %
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Part:
         disk: Estimated bytes of the sealed cells.
         seconds: Estimated seconds of all runs; None without a probe.
         no_probe: Why nothing was timed.
-        detectable: Smallest difference of two accuracies that this many items show, without pairing; None
+        comparisons: Planned cells of all models on this task that are set against dense, each once.
+        detectable: Smallest difference of two accuracies that this many items show among these, without pairing; None
             where the task has none.
     """
 
@@ -70,6 +71,7 @@ class Part:
     disk: int = 0
     seconds: float | None = None
     no_probe: str = ""
+    comparisons: int = 0
     detectable: float | None = None
 
 
@@ -173,7 +175,8 @@ def _model(
                 expect(part, planner, (task, spec), _loaded(tasks), config, price)
             if (flops := price.flops(part.work)) is not None:
                 part.ffn_flops, part.flops = (each * part.runs for each in flops)
-            part.detectable = detectable(part.work.items) if has_accuracy(task) else None
+            part.comparisons = sum(cell.rule is not None for cell in plan.expand(config) if cell.task == spec)
+            part.detectable = detectable(part.work.items, part.comparisons) if has_accuracy(task) else None
             made.append((part, own or like_a_search(config, model, spec), batches))
     _probe(model, made, config, found, tell)
 
@@ -199,15 +202,18 @@ def has_accuracy(task: LoadedTask) -> bool:
     return any(_ACCURACY.search(name) for name in task.task.higher_is_better())
 
 
-def detectable(items: int) -> float:
+def detectable(items: int, comparisons: int = 1) -> float:
     """Return the smallest difference of two accuracies near one half that is found four times in five.
 
     Two binomial shares of the same number of items, at the 5 % level, not paired; a paired test finds smaller ones.
 
     Args:
         items: Items of each.
+        comparisons: How many share the 5 %, as at the first step of Holm's correction.
     """
-    return min(1.0, _Z * math.sqrt(2 * 0.25 / items)) if items else 1.0
+    normal = NormalDist()
+    z = normal.inv_cdf(1 - 0.05 / max(1, comparisons) / 2) + normal.inv_cdf(0.8)
+    return min(1.0, z * math.sqrt(2 * 0.25 / items)) if items else 1.0
 
 
 def _tokenizer(model: ModelConfig) -> Any:

@@ -189,6 +189,20 @@ def test_a_dry_run_names_the_conditions_that_cannot_be_asked(run, path):
     assert out.count("will have no") == 1
 
 
+def test_a_name_of_several_is_refused_and_the_long_one_is_not(run, path):
+    fields = yaml.safe_load(path.read_text())
+    fields["rules"].append({"name": "top_k", "strengths": [0.5], "sites": ["input"]})
+    path.write_text(yaml.safe_dump(fields))
+    code, out, _ = run("compare", path, "--dry-run", "--fail-if", "difference.tiny_choice.input < 0")
+    assert code == 1
+    told = "several share that name; write difference.tiny_choice.input.RULE.QUALITY.AUTOREGRESSIVE.DIFFUSION"
+    assert f"will have no difference.tiny_choice.input: {told}" in " ".join(out.split())
+    long = "difference.tiny_choice.input.top_k.acc.ar.dm.high < 0 or critical.tiny_choice.input.diffusion.dm.top_k < 1"
+    assert run("compare", path, "--dry-run", "--fail-if", long)[0] == 0
+    for wrong in ("difference.tiny_choice.input.top_k.acc < 0", "difference.tiny_choice.all.hgih < 0"):
+        assert run("compare", path, "--dry-run", "--fail-if", wrong)[0] == 1
+
+
 def test_a_run_refuses_a_condition_that_cannot_be_asked(run, path, tmp_path):
     code, out, err = run("compare", path, "--fail-if", "critical.tiny_choice.input.difusion < 1")
     assert (code, out) == (1, "")

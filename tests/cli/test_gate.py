@@ -8,13 +8,20 @@ from dllm_sparsity.errors import UserError
 HALF, NONE = [0.4, 0.6], None
 
 
-def curve(task, site, paradigm, value, model="m", rule="top_p", headline=True):
+def curve(task, site, paradigm, value, model="m", rule="top_p", quality="acc", headline=True, at_least=False):
+    interval = [0.4, value if at_least else 0.6] if value is not None else NONE
     critical = [
-        {"retention": 0.95, "reading": "first", "value": 0.9, "interval": HALF},
-        {"retention": 0.99, "reading": "first", "value": value, "interval": HALF if value is not None else NONE},
+        {"retention": 0.95, "reading": "first", "value": 0.9, "interval": HALF, "censored": False},
+        {"retention": 0.99, "reading": "first", "value": value, "interval": interval, "censored": at_least},
     ]
     named = {"task": task, "site": site, "paradigm": paradigm, "model": model, "rule": rule, "headline": headline}
+    named["quality"] = quality
     return {**named, "dense": {"value": 0.8, "interval": HALF}, "critical": critical}
+
+
+def pair(task, quality, difference, interval):
+    named = {"task": task, "site": "intermediate", "rule": "top_p", "quality": quality, "retention": 0.99}
+    return {**named, "autoregressive": "m", "diffusion": "m", "difference": difference, "interval": interval}
 
 
 SUMMARY = {
@@ -26,21 +33,21 @@ SUMMARY = {
         curve("easy", "input", "diffusion", None),
         curve("2-way.task", "all", "autoregressive", 0.3, "a/b-1", "top_p"),
         curve("2-way.task", "all", "autoregressive", 0.2, "a/b-1", "top_k"),
-        curve("easy", "intermediate", "diffusion", 0.1, headline=False),
+        curve("easy", "intermediate", "diffusion", 0.1, quality="nll", headline=False),
+        curve("easy", "intermediate", "autoregressive", 0.52),
+        curve("easy", "intermediate", "autoregressive", 0.2, quality="nll", headline=False),
+        curve("hard", "intermediate", "autoregressive", 0.5, at_least=True),
+        curve("hard", "intermediate", "diffusion", 0.6),
+        curve("free", "intermediate", "autoregressive", 0.5),
+        curve("free", "intermediate", "diffusion", 0.6, at_least=True),
+        curve("open", "intermediate", "autoregressive", 0.5, at_least=True),
+        curve("open", "intermediate", "diffusion", 0.6, at_least=True),
     ],
     "averages": [curve("average of 2 tasks", "input", "diffusion", 0.7)],
     "comparisons": [
-        {
-            "task": "easy",
-            "site": "intermediate",
-            "rule": "top_p",
-            "quality": "acc",
-            "autoregressive": "a",
-            "diffusion": "d",
-            "retention": 0.99,
-            "difference": -0.02,
-            "interval": [-0.05, 0.01],
-        }
+        pair("easy", "acc", -0.02, [-0.05, 0.01]),
+        pair("easy", "nll", -0.1, [-0.2, 0.1]),
+        *(pair(task, "acc", 0.1, [0.05, 0.2]) for task in ("hard", "free", "open")),
     ],
 }
 NAME = "critical.easy.intermediate.diffusion"
@@ -55,7 +62,10 @@ NAME = "critical.easy.intermediate.diffusion"
         (f"0.6 < {NAME} < 0.4", False),
         (f"{NAME}.low == 0.4 and {NAME}.high != 0.6", False),
         (f"not {NAME} > 1 or counts.cells > 99", True),
-        ("difference.easy.intermediate < -0.01", True),
+        ("difference.easy.intermediate == -0.02", True),  # the headline's, of several qualities
+        ("difference.easy.intermediate.top_p.acc.m.m == -0.02", True),
+        ("difference.easy.intermediate.top_p.nll.m.m == -0.1", True),
+        (f"{NAME}.m.top_p == 0.5", True),
         ("critical.average_of_2_tasks.input.diffusion >= 0.7", True),
         ("difference.easy.intermediate.high < 0", False),
         ("critical._2_way_task.all.autoregressive.a_b_1.top_k >= 2e-1", True),
@@ -64,6 +74,45 @@ NAME = "critical.easy.intermediate.diffusion"
 )
 def test_what_it_means(text, holds):
     assert Gate(text).holds(SUMMARY) is holds
+
+
+AR, LATE = "critical.hard.intermediate.autoregressive", "difference.hard.intermediate"
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        (f"{AR} < 0.4", False),  # it is 0.5 or more
+        (f"{AR} >= 0.5", True),
+        (f"{AR} < 0.6", None),
+        (f"{AR} > 0.5", None),
+        (f"{AR} == 0.7", None),
+        (f"{AR} == 0.4", False),
+        (f"{AR} != 0.4", True),
+        (f"not {AR} < 0.6", None),
+        (f"-{AR} <= -0.5", True),
+        (f"{AR}.low < 0.45", True),
+        (f"{AR}.high < 0.9", None),
+        (f"{AR} < 0.6 and counts.cells > 99", False),
+        (f"{AR} < 0.6 or counts.cells == 12", True),
+        (f"{AR} < 0.6 or counts.cells > 99", None),
+        (f"{LATE} > 0.2", False),  # autoregressive may hold out longer
+        (f"{LATE} > 0", None),
+        (f"{LATE}.high > 0.1", True),
+        (f"{LATE}.low > 0", None),
+        ("difference.free.intermediate > 0", True),
+        ("difference.free.intermediate < 0.2", None),
+        ("difference.open.intermediate > 0", None),
+        ("difference.open.intermediate.low > 0", None),
+    ],
+)
+def test_a_bound_decides_only_what_it_decides_alone(text, holds):
+    if holds is None:
+        with pytest.raises(UserError, match=r"is not known: .* (is only known to be at|has no bound)") as error:
+            Gate(text).holds(SUMMARY)
+        assert "sparser" in error.value.hint
+    else:
+        assert Gate(text).holds(SUMMARY) is holds
 
 
 @pytest.mark.parametrize(
@@ -96,7 +145,7 @@ def test_what_it_may_not_be(text):
 def test_an_unknown_name_lists_some():
     with pytest.raises(UserError, match=r"no critical.easy.intermediate.difusion; did you mean critical.easy") as error:
         Gate("critical.easy.intermediate.difusion < 1").holds(SUMMARY)
-    assert NAME in error.value.hint
+    assert error.value.hint.startswith(f"nearest are {NAME}, ")
     assert "__class__" not in names(SUMMARY)
     with pytest.raises(UserError):
         Gate("critical.__class__ < 1").holds(SUMMARY)

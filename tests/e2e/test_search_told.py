@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 from material import make_study
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from dllm_sparsity import compare
 from dllm_sparsity.analysis import headline, load, summary
 from dllm_sparsity.analysis.joining import join
+from dllm_sparsity.analysis.statistics import mcnemar_exact
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.report import render, write_report
 
@@ -135,6 +137,33 @@ def test_every_strength_of_a_search_is_on_the_chart_with_its_items(on_accuracy):
     whole = [step for step in answer["path"] if step["items"] == answer["items"] and step["strength"] in joint]
     for step in whole:
         assert step["quality"] == pytest.approx(joint[step["strength"]]["quality"])
+
+
+def test_every_strength_of_a_search_is_set_against_dense_on_the_items_it_has(on_accuracy):
+    (curve,) = [curve for curve in on_accuracy.summary["curves"] if curve["headline"]]
+    points = {point["strength"] for point in curve["points"]}
+    others = [step for step in curve["path"] if step["strength"] not in points]
+    assert others
+    (dense,) = [cell for cell in load(on_accuracy.path).cells if cell.record["dense"]]
+    before = dict(zip(dense.samples["doc_id"].to_pylist(), dense.samples["correct"].to_pylist(), strict=True))
+    for step in others:
+        (cell,) = [own for own in dense.elsewhere if own.record["strength"] == step["strength"]]
+        after = dict(zip(cell.samples["doc_id"].to_pylist(), cell.samples["correct"].to_pylist(), strict=True))
+        lost = sum(before[doc] > right for doc, right in after.items())
+        gained = sum(before[doc] < right for doc, right in after.items())
+        assert (step["items"], step["changed"]) == (len(after), lost + gained)
+        assert step["difference"] == pytest.approx((gained - lost) / len(after))
+        assert step["p"] == mcnemar_exact(lost, gained)
+        assert step["comparisons"] == len(points) - 1 + len(others)
+    worse = [step for step in others if step["outcome"] == "worse"]
+    assert worse
+    first = min(worse, key=lambda step: step["sparsity"])
+    assert f"{first['short'].removeprefix('worse ')} at {100 * first['sparsity']:.1f} %" in on_terminal(
+        on_accuracy.summary
+    )
+    table = pq.read_table(on_accuracy.path / "tables" / "points.parquet").to_pylist()
+    told = {row["strength"]: row["items"] for row in table if row["measure"] == curve["quality"]}
+    assert {step["strength"]: step["items"] for step in others}.items() <= told.items()
 
 
 @pytest.mark.parametrize("order", [1, -1])

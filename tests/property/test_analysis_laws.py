@@ -89,9 +89,9 @@ def test_swapping_two_cells_turns_the_sign_and_keeps_the_rest(marks, grouped, ra
     assert there.difference == -back.difference
     np.testing.assert_allclose(there.interval, [-end for end in reversed(back.interval)], atol=1e-12)
     np.testing.assert_allclose([there.p, there.standard_error], [back.p, back.standard_error], rtol=1e-9, atol=1e-15)
-    assert (there.smallest_detectable is None) == (back.smallest_detectable is None)
-    if there.smallest_detectable is not None:
-        np.testing.assert_allclose(there.smallest_detectable, back.smallest_detectable, rtol=1e-9)
+    assert (there.smallest_detectable() is None) == (back.smallest_detectable() is None)
+    if there.smallest_detectable() is not None:
+        np.testing.assert_allclose(there.smallest_detectable(), back.smallest_detectable(), rtol=1e-9)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
@@ -143,8 +143,8 @@ def test_the_smallest_detectable_difference_shrinks_like_one_over_root_n():
     rng = np.random.default_rng(11)
     one, two = rng.normal(size=(2, 300))
     ones = np.ones(300)
-    small = paired_tests((one, ones), [(two, ones)], draws=4000)[0].smallest_detectable
+    small = paired_tests((one, ones), [(two, ones)], draws=4000)[0].smallest_detectable()
     tiled = (np.tile(own, 9) for own in (one, two))
     first, second = ((own, np.ones(2700)) for own in tiled)
-    large = paired_tests(first, [second], draws=4000)[0].smallest_detectable
+    large = paired_tests(first, [second], draws=4000)[0].smallest_detectable()
     np.testing.assert_allclose(small / large, 3.0, rtol=0.06)

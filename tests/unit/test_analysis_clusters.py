@@ -98,7 +98,6 @@ def test_twins_of_items_widen_every_interval_by_the_root_of_two():
         assert width(point.quality_interval) == pytest.approx(expected["quality"], rel=0.05)
         assert width(point.difference_interval) == pytest.approx(expected["difference"], rel=0.05)
         assert width(reading.interval) == pytest.approx(expected["critical"], rel=0.05)
-        assert point.smallest_detectable == pytest.approx(2.8016 * loss.std() / math.sqrt(count), rel=0.05)
     for name in ("quality_interval", "difference_interval", "retention_interval"):
         ratio = width(getattr(whole.points[1], name)) / width(getattr(alone.points[1], name))
         assert ratio == pytest.approx(math.sqrt(2), rel=0.05)

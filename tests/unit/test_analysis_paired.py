@@ -72,14 +72,14 @@ def test_groups_make_the_test_clustered_and_more_careful():
     alone, together = (paired_tests(dense, [sparse], own)[0] for own in (None, groups))
     assert (alone.test, together.test, together.groups) == ("exact McNemar", "paired t, clustered", 30)
     assert together.p > 100 * alone.p
-    assert together.smallest_detectable > 1.8 * alone.smallest_detectable
+    assert together.smallest_detectable() > 1.8 * alone.smallest_detectable()
     assert together.interval[0] < alone.interval[0]
 
 
 def test_no_change_is_no_spread_to_go_by():
     for values in ([1, 0, 1], [0.5, 0.2, 1] * 20):
         test = paired_tests(right(values), [right(values)])[0]
-        assert (test.difference, test.p, test.smallest_detectable, test.changed) == (0.0, 1.0, None, 0)
+        assert (test.difference, test.p, test.smallest_detectable(), test.changed) == (0.0, 1.0, None, 0)
     assert np.isnan(paired_tests((np.ones(1), np.full(1, 3.0)), [(np.full(1, 2.0), np.full(1, 3.0))])[0].p)
 
 
@@ -88,40 +88,45 @@ def test_a_handful_of_changed_items_promises_no_more_than_the_exact_test_can_hol
     dense = right([1] * 24)
     for sparse in (right([1] * 24), right([0] + [1] * 23)):
         test = paired_tests(dense, [sparse])[0]
-        assert test.smallest_detectable == smallest_detectable_by_mcnemar(24) == pytest.approx(0.3098, abs=0.001)
+        assert test.smallest_detectable() == smallest_detectable_by_mcnemar(24) == pytest.approx(0.3098, abs=0.001)
 
 
-def test_power_at_the_smallest_detectable_difference_is_80_percent():
-    """Of 800 worlds whose true loss is what a pilot said to be detectable, the t-test finds about 80 %."""
+@pytest.mark.parametrize("comparisons", [1, 50])
+def test_power_at_the_smallest_detectable_difference_is_80_percent(comparisons):
+    """Of 800 worlds whose true loss is what a pilot said to be detectable, the t-test finds about 80 %.
+
+    Among 50 comparisons Holm's first step asks for 0.1 %, where a t-test on 200 items has 78.5 %.
+    """
     rng = np.random.default_rng(2)
     items, trials, spread = 200, 800, 0.5
     pilot = rng.normal(2.0, 1.0, 4000)
     shift = rng.normal(0.0, spread, 4000)
-    whole = paired_tests(right(pilot), [right(pilot + shift)], draws=1000)[0].smallest_detectable
+    whole = paired_tests(right(pilot), [right(pilot + shift)], draws=1000)[0].smallest_detectable(comparisons)
     truth = whole * np.sqrt(4000 / items)
     found = 0
     for seed in range(trials):
         dense = rng.normal(2.0, 1.0, items)
         sparse = dense + rng.normal(truth, spread, items)
-        found += paired_tests(right(dense), [right(sparse)], draws=2, seed=seed)[0].p < 0.05
+        found += paired_tests(right(dense), [right(sparse)], draws=2, seed=seed)[0].p < 0.05 / comparisons
     assert abs(found / trials - 0.8) < 3 * np.sqrt(0.8 * 0.2 / trials) + 0.01
 
 
-def test_power_for_right_or_wrong_items():
-    """The exact test is careful: its power there is 0.776 by summing the binomial, and it cries wolf in 5 % at most."""
+@pytest.mark.parametrize(("comparisons", "power"), [(1, 0.776), (50, 0.808)])
+def test_power_for_right_or_wrong_items(comparisons, power):
+    """The exact test is careful: its power there is known by summing the binomial, and it cries wolf in 5 % at most."""
     rng = np.random.default_rng(3)
     items, trials, flips = 800, 600, 0.10
     pilot = np.repeat([-1.0, 0.0, 1.0], [40, 720, 40])
     dense = right(pilot < 0)
-    least = paired_tests(dense, [right(pilot > 0)], draws=1000)[0].smallest_detectable
+    least = paired_tests(dense, [right(pilot > 0)], draws=1000)[0].smallest_detectable(comparisons)
     shares = {}
     for name, loss in (("truth", least), ("nothing", 0.0)):
         chances = [(flips + loss) / 2, 1 - flips, (flips - loss) / 2]
         worlds = (rng.choice([-1.0, 0.0, 1.0], size=items, p=chances) for _ in range(trials))
         tests = (paired_tests(right(own < 0), [right(own > 0)], draws=2)[0] for own in worlds)
-        shares[name] = np.mean([test.p < 0.05 and test.test == "exact McNemar" for test in tests])
-    assert abs(shares["truth"] - 0.776) < 3 * np.sqrt(0.776 * 0.224 / trials)
-    assert shares["nothing"] < 0.05 + 3 * np.sqrt(0.05 * 0.95 / trials)
+        shares[name] = np.mean([test.p < 0.05 / comparisons and test.test == "exact McNemar" for test in tests])
+    assert abs(shares["truth"] - power) < 3 * np.sqrt(power * (1 - power) / trials)
+    assert shares["nothing"] < 0.05 / comparisons + 3 * np.sqrt(0.05 * 0.95 / trials)
 
 
 def test_without_groups_the_numbers_are_those_of_the_curves(run_dir):
@@ -134,9 +139,12 @@ def test_without_groups_the_numbers_are_those_of_the_curves(run_dir):
         for point, verdict in zip(curve.points[1:], own.verdicts[1:], strict=True):
             assert verdict.test.difference == pytest.approx(point.difference, abs=1e-12)
             assert verdict.test.interval == pytest.approx(point.difference_interval, abs=1e-12)
-            least = smallest_detectable_by_mcnemar(80) if verdict.test.test == "exact McNemar" else 0.0
-            if verdict.test.changed:
-                assert verdict.test.smallest_detectable == pytest.approx(max(least, point.smallest_detectable))
+            if verdict.test.changed and verdict.comparisons:
+                level = 1 - 0.05 / verdict.comparisons
+                exact = verdict.test.test == "exact McNemar"
+                least = smallest_detectable_by_mcnemar(80, level=level) if exact else 0.0
+                z = stats.norm.ppf(1 - 0.025 / verdict.comparisons) + stats.norm.ppf(0.8)
+                assert verdict.smallest_detectable == pytest.approx(max(least, z * verdict.test.spread))
             if point.mcnemar_p is not None:
                 assert verdict.test.p == point.mcnemar_p
 
@@ -165,7 +173,7 @@ def test_words_follow_the_numbers(run_dir):
                 assert point["words"] == f"worse by {size} points [{least}, {most}]"
                 assert point["p_holm"] <= 0.05
             if point["outcome"] == "none":
-                assert point["words"].startswith("no difference detectable; smallest detectable ")
+                assert point["words"].startswith("no difference detectable; smallest detectable among 8 ")
             if point["outcome"] == "worse" and curve["kind"] == "nll":
                 assert point["difference"] > 0
                 assert "nats per token" in point["words"]
@@ -176,7 +184,7 @@ def test_a_gain_a_correction_and_a_share_in_words(run_dir):
     dense = pq.read_table(run_dir / "cells" / "autoarc_easydense1" / "samples.parquet")
     before = [json.loads(text)["acc"] for text in dense["metrics"].to_pylist()]
     wrong = [item for item, value in enumerate(before) if not value]
-    alone = r"better by 7\.5 points \[\d\.\d, \d+\.\d\] if it stood alone, not among 8 comparisons; smallest .* points"
+    alone = r"better by 7\.5 points \[\d\.\d, \d+\.\d\] if it stood alone, not among 8 comparisons; smallest detectable among these .* points"
     for gained, outcome, words in ((6, "alone", alone), (15, "better", r"better by 18\.8 points \[\d+\.\d, \d+\.\d\]")):
         after = [1.0 if item in wrong[:gained] else value for item, value in enumerate(before)]
         edit(folder / "samples.parquet", metrics=[json.dumps({"acc": value}) for value in after], correct=after)

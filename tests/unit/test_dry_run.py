@@ -110,9 +110,10 @@ def test_the_smallest_difference_is_the_binomial_one():
 
     n = 400
     error = math.sqrt(2 * 0.25 / n)
-    least = module.detectable(n)
-    assert least / error == pytest.approx(norm.ppf(0.975) + norm.ppf(0.8), rel=1e-5)
-    assert norm.sf(norm.ppf(0.975) - least / error) == pytest.approx(0.8, abs=1e-4)
+    for comparisons in (1, 50):
+        least, point = module.detectable(n, comparisons), norm.ppf(1 - 0.025 / comparisons)
+        assert least / error == pytest.approx(point + norm.ppf(0.8), rel=1e-5)
+        assert norm.sf(point - least / error) == pytest.approx(0.8, abs=1e-4)
     assert module.detectable(0) == 1.0
 
 
@@ -147,6 +148,9 @@ def test_a_probe_leaves_the_study_timed_and_the_disk_as_it_was(material, study, 
     assert found.cells == 2 * 3 * 5
     told = {part.task: part.detectable is not None for part in found.parts}
     assert told == {"tiny_choice": True, "tiny_write": True, "text_own": False}  # a text is neither right nor wrong
+    assert {part.comparisons for part in found.parts} == {2 * 4}  # both models' cells are of one family
+    first = found.parts[0]
+    assert first.detectable == module.detectable(first.work.items, 8) > module.detectable(first.work.items)
     assert not list(tmp_path.iterdir())
 
 

@@ -50,7 +50,7 @@ def _averages(found: dict[str, Any]) -> list[Curve]:
 
 
 def _with_path(curve: Curve) -> Curve:
-    """Return a curve with what its search measured at other strengths, each on fewer items: for the chart alone."""
+    """Return a curve with what its search measured at other strengths, each on its own items."""
     known = {point["strength"] for point in curve["points"]}
     more = [own for own in curve["path"] if own["strength"] not in known and own.get("retention") is not None]
     drawn = [*curve["points"], *(dict.fromkeys(_OF_CELLS) | {"dense": False} | own for own in more)]
@@ -174,12 +174,13 @@ def _hover(curve: Curve, point: dict[str, Any]) -> str:
 def _table(curves: list[Curve]) -> Table:
     columns = [
         *("paradigm", "model", "asked", "achieved", "against dense", "FFN FLOPs saved", "quality", "95 % interval"),
-        *("less dense", "95 % interval", "smallest detectable", "p", "p, Holm", "test", "kept"),
+        *("less dense", "95 % interval", "smallest detectable", "p", "p, Holm", "test", "kept", "n"),
     ]
     rows = []
+    own_items = any("items" in point for curve in curves for point in _drawn(curve))
     for curve in curves:
         kind = curve["kind"]
-        for point in curve["points"]:
+        for point in _drawn(curve):
             rows.append(
                 [
                     curve["paradigm"],
@@ -197,6 +198,7 @@ def _table(curves: list[Curve]) -> Table:
                     words.p_value(point["p_holm"]),
                     point["test"] or words.NOTHING,
                     words.percent(point["retention"]),
+                    str(point.get("items", curve["items"])) if own_items else "",
                 ]
             )
     told = [at for at, _ in enumerate(columns) if any(row[at] not in ("", words.NOTHING) for row in rows)]
