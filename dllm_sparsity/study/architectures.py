@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.cached import missing_code
 
 DESCRIPTIONS = Path(__file__).with_suffix(".yaml")
 Source = Literal["folder", "hub", "shipped description"]
@@ -190,6 +191,11 @@ def _build(architecture: Architecture, config: dict[str, Any], trust_remote_code
         raise UserError(
             f"transformers does not know {architecture.model}, a model of type {model_type!r}",
             "where its code comes with its weights, read it, then set trust_remote_code: true",
+        )
+    if why_no_hub() is not None and (absent := missing_code(architecture.model, architecture.revision)):
+        raise UserError(
+            f"the code of {architecture.model} is not on this machine: {', '.join(absent)}",
+            "with a network, first: dllm-sparsity fetch CONFIG",
         )
     keys: dict[str, Any] = {"trust_remote_code": True, "revision": architecture.revision}
     own = transformers.AutoConfig.from_pretrained(architecture.model, code_revision=architecture.revision, **keys)

@@ -1,5 +1,7 @@
 """What users hear of the hub, and what fetch brings from it: against a server with the hub's status codes and headers."""
 
+import json
+
 import hub as stand_in
 import pytest
 from huggingface_hub import constants
@@ -135,6 +137,57 @@ def test_code_comes_only_where_it_is_trusted(served, material, tmp_path):
     names = {path.name for path in tmp_path.rglob("snapshots/*/*")}
     assert "modeling_x.py" in names
     assert "pytorch_model.bin" not in names
+
+
+@pytest.fixture
+def coded(hub, material):
+    """A model whose code is in its repository, and its tokenizer's in another; both import a file beside them."""
+    files = {path.name: path.read_bytes() for path in (material / "ar").iterdir() if path.is_file()}
+    config = {**json.loads(files["config.json"]), "model_type": "blocks"}
+    config["auto_map"] = {
+        "AutoConfig": "free/coded--configuration_x.Config",
+        "AutoModelForCausalLM": "modeling_x.Model",
+        "AutoModelForTokenClassification": "nowhere.Model",
+    }
+    tokenizer = json.loads(files["tokenizer_config.json"])
+    tokenizer["auto_map"] = {"AutoTokenizer": [None, "free/code--tokenization_x.Tokenizer"]}
+    files["config.json"], files["tokenizer_config.json"] = (json.dumps(own).encode() for own in (config, tokenizer))
+    code = {"configuration_x.py": b"x = 1", "modeling_x.py": b"from .layers_x import y", "layers_x.py": b"y = 1"}
+    hub.add("free/coded", {**files, **code})
+    hub.add("free/code", {"tokenization_x.py": b"import os\nfrom .words_x import z", "words_x.py": b"z = 1"})
+    return hub
+
+
+def test_the_code_of_a_trusted_model_is_part_of_what_is_fetched(coded, material, monkeypatch):
+    plain, trusted = (study("free/coded", material, trust_remote_code=own) for own in (False, True))
+    fetch.fetch(plain, fetch.needs(plain)[0])
+    assert offline.missing_files(plain.models[0]) == []
+    lacking = ["configuration_x.py", "modeling_x.py", "tokenization_x.py of free/code"]
+    assert offline.missing_files(trusted.models[0]) == lacking
+    with pytest.raises(UserError, match=", ".join(lacking)) as error:
+        offline.check_offline(trusted)
+    assert "dllm-sparsity fetch" in error.value.hint
+    with pytest.raises(UserError) as error:
+        offline.check_offline(trusted, is_file=False)
+    assert "hf download free/coded && hf download free/code" in error.value.hint
+    need = fetch.needs(trusted)[0]
+    assert (need.source, need.files) == ("free/coded, free/code", 5)
+    fetch.fetch(trusted, need)
+    assert offline.missing_files(trusted.models[0]) == []
+    assert fetch.needs(trusted)[0].source == ""
+
+
+def test_check_and_dry_run_name_the_code_that_is_not_here(coded, material, monkeypatch):
+    from dllm_sparsity.study.dry_run import dry_run
+
+    plain, trusted = (study("free/coded", material, trust_remote_code=own) for own in (False, True))
+    fetch.fetch(plain, fetch.needs(plain)[0])
+    for name in offline.SWITCHES:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for found in (check_study(trusted, here=True), dry_run(trusted)):
+        assert any("configuration_x.py, modeling_x.py, tokenization_x.py" in line for line in found.problems)
+        assert any("dllm-sparsity fetch" in line for line in found.problems)
 
 
 def test_check_says_what_is_to_be_downloaded_and_whether_there_is_room(served, material, monkeypatch):
