@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.hub import check_exists, hub_error
 from dllm_sparsity.study.cached import code_elsewhere
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
@@ -131,8 +132,6 @@ def _parts(model: ModelConfig) -> Iterator[_Part]:
 def _hub(download: Any, part: _Part, **more: Any) -> Any:
     from huggingface_hub.errors import HfHubHTTPError
 
-    from dllm_sparsity.lm.loading import hub_error
-
     keys = {"revision": part.revision, "allow_patterns": part.patterns, "ignore_patterns": part.ignored}
     try:
         return download(part.repo, **keys, **more)
@@ -158,8 +157,6 @@ def model_need(model: ModelConfig) -> Need:
         UserError: It does not exist, may not be read, or has no safetensors.
     """
     from huggingface_hub import snapshot_download
-
-    from dllm_sparsity.lm.loading import check_exists
 
     name = resolve(model.model)
     check_exists(name, model.revision)

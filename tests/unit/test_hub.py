@@ -8,8 +8,8 @@ from huggingface_hub import constants
 
 from dllm_sparsity.cli.fetch import fetch as command
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.lm.loading import check_exists
-from dllm_sparsity.study import architectures, fetch, offline
+from dllm_sparsity.lm.hub import check_exists
+from dllm_sparsity.study import fetch, offline
 from dllm_sparsity.study.check import check_study
 from dllm_sparsity.study.config import ModelConfig, build_config
 
@@ -192,7 +192,6 @@ def test_check_and_dry_run_name_the_code_that_is_not_here(coded, material, monke
 
 def test_check_says_what_is_to_be_downloaded_and_whether_there_is_room(served, material, monkeypatch):
     _, files = served
-    monkeypatch.setattr(architectures, "_unreachable", [])
     config = study("free/model", material)
     found = check_study(config, here=True)
     assert found.problems == ()
@@ -205,7 +204,6 @@ def test_check_says_what_is_to_be_downloaded_and_whether_there_is_room(served, m
 
 
 def test_check_says_that_a_model_is_gated_though_its_description_is_shipped(hub, material, monkeypatch):
-    monkeypatch.setattr(architectures, "_unreachable", [])
     hub.add("meta-llama/Llama-3.1-8B", {"config.json": b"{}"}, gated=True)
     found = check_study(study("meta-llama/Llama-3.1-8B", material), here=True)
     assert found.models[0].source == "shipped description"
@@ -213,9 +211,19 @@ def test_check_says_that_a_model_is_gated_though_its_description_is_shipped(hub,
     assert "is gated, and you are not logged in; hf auth login" in found.problems[0]
 
 
+def test_check_asks_once_whether_the_hub_is_there(served, material, monkeypatch):
+    from huggingface_hub import get_hf_file_metadata
+
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.get_hf_file_metadata", lambda url, **keys: asked.append(url) or get_hf_file_metadata(url)
+    )
+    assert check_study(study("free/model", material), here=True).problems == ()
+    assert len(asked) == 1
+
+
 def test_check_asks_once_for_a_model_that_is_given_twice(served, material, monkeypatch):
     hub, _ = served
-    monkeypatch.setattr(architectures, "_unreachable", [])
     one = study("free/model", material).models[0]
     twice = (one, one.model_copy(update={"revision": "main"}))
     found = check_study(study("free/model", material).model_copy(update={"models": twice}), here=True)
@@ -226,13 +234,11 @@ def test_check_asks_once_for_a_model_that_is_given_twice(served, material, monke
 def test_a_tokenizer_of_which_the_cache_holds_a_part_is_not_at_hand(served, material, monkeypatch):
     from huggingface_hub import hf_hub_download
 
-    monkeypatch.setattr(architectures, "_unreachable", [])
     hf_hub_download("free/model", "tokenizer_config.json")
     assert check_study(study("free/model", material), here=True).problems == ()
 
 
 def test_check_of_a_hub_that_does_not_answer_says_what_is_not_known(hub, material, monkeypatch):
-    monkeypatch.setattr(architectures, "_unreachable", [])
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.close()
     found = check_study(study("meta-llama/Llama-3.1-8B", material), here=True)
