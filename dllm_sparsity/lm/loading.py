@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.hub import check_exists
 
 _LOAD_ERRORS = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError, AssertionError)
 
@@ -82,96 +81,6 @@ def _empty(auto: Any, config: Any, source: ModelSource) -> Any:
         if source.trust_remote_code and getattr(config, "auto_map", None):
             keys["code_revision"] = source.revision  # only code that comes with a model has one
         return auto.from_config(config, **keys)
-
-
-def check_exists(model: str, revision: str | None = None) -> None:
-    """Refuse a model that cannot be had, before any weight is read.
-
-    Args:
-        model: Hub id or folder.
-        revision: Branch, tag or commit on the hub.
-
-    Raises:
-        UserError: It is no folder with a config.json, and the hub does not give it.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{model} holds no config.json", "give a folder made by save_pretrained, or a hub id")
-        return
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise UserError(f"no such folder: {model}", "check the path; a model on the hub has an id such as org/name")
-    try:
-        hf_hub_download(model, "config.json", revision=revision, local_files_only=not is_hub_there(model, revision))
-    except HFValidationError as error:
-        raise UserError(f"{model!r} is neither a folder nor a hub id", "ids look like org/name") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise hub_error(model, revision, error) from error
-
-
-def is_hub_there(model: str, revision: str | None) -> bool:
-    """Tell whether the hub answers at all; a download that cannot reach it tries for half a minute.
-
-    Args:
-        model: Hub id.
-        revision: Branch, tag or commit on the hub.
-    """
-    from huggingface_hub import errors as hub
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        get_hf_file_metadata(hf_hub_url(model, "config.json", revision=revision), timeout=5)
-    except hub.HfHubHTTPError:
-        return True
-    except Exception:  # the errors of whatever library the hub's client speaks through
-        return False
-    return True
-
-
-def hub_error(model: str, revision: str | None, error: Exception) -> UserError:
-    """Return in two lines why the hub does not give a model.
-
-    Args:
-        model: Hub id.
-        revision: Branch, tag or commit that was asked for.
-        error: What the hub's library raised.
-    """
-    from huggingface_hub import constants, get_token
-    from huggingface_hub import errors as hub
-
-    cause = error.__cause__
-    if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(cause, hub.HfHubHTTPError):
-        error = cause  # the hub did answer; that the file is not here either is no news
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, hub.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{model}"
-        if status == 403 or (status != 401 and get_token()):
-            return UserError(f"{model} is gated, and your account may not read it", f"accept its terms at {page}")
-        return UserError(
-            f"{model} is gated, and you are not logged in", f"hf auth login, then accept its terms at {page}"
-        )
-    if isinstance(error, hub.RepositoryNotFoundError):
-        why = "log in with an account that may read it" if get_token() else "a private one needs: hf auth login"
-        return UserError(f"no model {model!r} on the hub", f"check the id; {why}")
-    if isinstance(error, hub.RevisionNotFoundError):
-        return UserError(f"{model} has no revision {revision!r}", "look at its branches and tags on the hub")
-    if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
-        return UserError(f"{model} holds no config.json on the hub", "give a model in the format of transformers")
-    if status in (401, 403):
-        return UserError(f"the hub refuses your token for {model}", "make a new one that may read it: hf auth login")
-    if status is not None:
-        return UserError(f"the hub answered {status} when asked for {model}", "try again later, or give a local folder")
-    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
-        return UserError(
-            f"model {model!r} is not on this machine and HF_HUB_OFFLINE is set",
-            "give a local folder, or with a network, first: dllm-sparsity fetch CONFIG",
-        )
-    return UserError(
-        f"model {model!r} is not on this machine and the hub cannot be reached", "give a local folder, or go online"
-    )
 
 
 def _auto_class(config: Any) -> Any:

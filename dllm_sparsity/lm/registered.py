@@ -19,7 +19,7 @@ from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError, did_you_mean
 from dllm_sparsity.lm.base import SparsityLM
 from dllm_sparsity.lm.distributed import Processes
-from dllm_sparsity.lm.loading import check_exists
+from dllm_sparsity.lm.hub import check_exists
 from dllm_sparsity.sparsity.sites import expand
 
 _MODEL_NAMES = ("paradigm", "model", "label")  # fields of a study's model that lm-eval has other names for

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,8 @@ import yaml
 from torch import nn
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.hub import check_exists, is_hub_there
+from dllm_sparsity.study.cached import missing_code
 
 DESCRIPTIONS = Path(__file__).with_suffix(".yaml")
 Source = Literal["folder", "hub", "shipped description"]
@@ -81,8 +82,6 @@ def find_architecture(model: str, revision: str | None = None) -> Architecture:
     """
     folder = Path(model).expanduser()
     if folder.is_dir() or model not in descriptions():
-        from dllm_sparsity.lm.loading import check_exists
-
         check_exists(model, revision)
     if folder.is_dir():
         return _described(model, _read(folder / "config.json"), "folder")
@@ -107,35 +106,18 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-_unreachable: list[str] = []  # once the hub did not answer, no later model waits for it
-
-
 def _from_hub(model: str, revision: str | None) -> dict[str, Any] | None:
     """Return a configuration from the hub or its cache; None where it cannot be had."""
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
 
-    from dllm_sparsity.lm.loading import is_hub_there
-
-    offline = why_no_hub() is not None
-    if not offline and not is_hub_there(model, revision):
-        _unreachable.append(model)
-        offline = True
+    offline = not is_hub_there(model, revision)
     try:
         return _read(Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=offline)))
     except hub.RevisionNotFoundError as error:
         raise UserError(f"{model} has no revision {revision!r}", "look at its branches and tags") from error
     except (hub.HfHubHTTPError, OSError):
         return None  # gated, or not in the cache
-
-
-def why_no_hub() -> str | None:
-    """Return why the hub is not asked: it is offline, or did not answer; None where it may be asked."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
-        return "the hub is not asked offline"
-    return "the hub was not reached" if _unreachable else None
 
 
 def build(architecture: Architecture, trust_remote_code: bool = False) -> nn.Module:
@@ -190,6 +172,12 @@ def _build(architecture: Architecture, config: dict[str, Any], trust_remote_code
         raise UserError(
             f"transformers does not know {architecture.model}, a model of type {model_type!r}",
             "where its code comes with its weights, read it, then set trust_remote_code: true",
+        )
+    absent = missing_code(architecture.model, architecture.revision)
+    if absent and not is_hub_there(architecture.model, architecture.revision):
+        raise UserError(
+            f"the code of {architecture.model} is not on this machine: {', '.join(absent)}",
+            "with a network, first: dllm-sparsity fetch CONFIG",
         )
     keys: dict[str, Any] = {"trust_remote_code": True, "revision": architecture.revision}
     own = transformers.AutoConfig.from_pretrained(architecture.model, code_revision=architecture.revision, **keys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,11 +107,7 @@ def check_study(config: StudyConfig, here: bool = False) -> StudyCheck:
             ]
     models = tuple(_check_model(model, config.rules, lengths, problems, notes) for model in config.models)
     if here:
-        found = look_here(config, models)
-        problems += found.problems
-        notes += found.notes
-        seen = zip(models, found.lacking, found.fine, strict=True)
-        models = tuple(replace(own, lacking=size, ok=own.ok and fine) for own, size, fine in seen)
+        models = look_here(config, models, problems, notes)
     asked = tuple(dict.fromkeys(site for rule in config.rules for site in rule.sites))
     distinct = tuple(dict.fromkeys(problems))
     return StudyCheck(config.name, len(plan.expand(config)), asked, models, distinct, tuple(dict.fromkeys(notes)))

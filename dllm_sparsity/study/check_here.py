@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.hub import is_hub_there, why_no_hub
 from dllm_sparsity.lm.loading import find_device
-from dllm_sparsity.study.architectures import why_no_hub
 from dllm_sparsity.study.config import ModelConfig, StudyConfig
 from dllm_sparsity.study.fetch import check_room, distinct, key_of, model_need
 from dllm_sparsity.study.models import choose_device, resolve
@@ -21,36 +21,23 @@ if TYPE_CHECKING:
     from dllm_sparsity.study.check import ModelCheck
 
 
-@dataclass(frozen=True)
-class Here:
-    """What was found.
-
-    Args:
-        problems: What has to be put right, one line each.
-        notes: What is worth knowing.
-        lacking: Bytes of each model that are still to be downloaded, None where that is not known.
-        fine: Whether nothing is wrong with each model.
-    """
-
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-    lacking: tuple[int | None, ...]
-    fine: tuple[bool, ...]
-
-
-def look_here(config: StudyConfig, models: Sequence[ModelCheck]) -> Here:
+def look_here(
+    config: StudyConfig, models: Sequence[ModelCheck], problems: list[str], notes: list[str]
+) -> tuple[ModelCheck, ...]:
     """Look at what this machine has for a study; of a model that is not on it, the hub is asked, no weight is loaded.
 
     Args:
         config: The study.
         models: What is known of its models, in its order.
+        problems: Added to: what has to be put right, one line each.
+        notes: Added to: what is worth knowing.
+
+    Returns:
+        The models, with what is still to be downloaded of them.
     """
-    problems: list[str] = []
-    notes: list[str] = []
-    lacking: list[int | None] = []
-    fine: list[bool] = []
     sources = {key_of(own): known.source for own, known in zip(config.models, models, strict=True)}
     sizes = {key_of(own): _lacking(own, notes) for own in distinct(config.models) if sources[key_of(own)] is not None}
+    found: list[ModelCheck] = []
     for model, known in zip(config.models, models, strict=True):
         said = [] if known.source is None else [*_chat(config, model, notes)]  # that it cannot be had is said already
         size = sizes.get(key_of(model))
@@ -59,17 +46,15 @@ def look_here(config: StudyConfig, models: Sequence[ModelCheck]) -> Here:
         if line := _too_large(config, model, known):
             notes.append(line)
         problems += said
-        lacking.append(size)
-        fine.append(not said)
+        found.append(replace(known, lacking=size, ok=known.ok and not said))
     try:
         check_room(sum(size for size in sizes.values() if isinstance(size, int)))
     except UserError as error:
         problems.append(f"{error.message}; {error.hint}")
-    away = [own for own, size in zip(models, lacking, strict=True) if size is None]
-    unsure = [own.name for own in away if own.source in ("hub", "shipped description")]
+    unsure = [own.name for own in found if own.lacking is None and own.source in ("hub", "shipped description")]
     if unsure and (why := why_no_hub()):
         notes.append(f"{why}: whether it gives {', '.join(unsure)} to you is not known")
-    return Here(tuple(problems), tuple(notes), tuple(lacking), tuple(fine))
+    return tuple(found)
 
 
 def local_tokenizer(model: ModelConfig) -> Any:
@@ -105,7 +90,7 @@ def _lacking(model: ModelConfig, notes: list[str]) -> int | UserError | None:
         if Path(resolve(model.model)).expanduser().is_dir():
             notes.append(f"{model.name}: its folder lacks {', '.join(files)}")
             return None
-        return model_need(model).missing if why_no_hub() is None else None
+        return model_need(model).missing if is_hub_there(resolve(model.model), model.revision) else None
     except UserError as error:
         return error
 

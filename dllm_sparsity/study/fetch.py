@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.hub import check_exists, hub_error
+from dllm_sparsity.study.cached import code_elsewhere
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
 from dllm_sparsity.study.tasks import find_task, load_tasks
@@ -29,7 +31,7 @@ class Need:
     Args:
         kind: model or task.
         name: Hub id or folder of a model; name of a task.
-        source: What is downloaded: the hub id of a model, data sets of a task; empty where nothing has to be.
+        source: What is downloaded: hub ids of a model and its code, data sets of a task; empty where nothing is.
         files: Files that are missing; 0 for a task.
         missing: Bytes that are missing; None where that is not known before.
         total: Bytes in all; None where that is not known before.
@@ -41,6 +43,16 @@ class Need:
     files: int
     missing: int | None
     total: int | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is downloaded of one repository."""
+
+    repo: str
+    revision: str | None
+    patterns: list[str]
+    ignored: list[str]
 
 
 def needs(config: StudyConfig) -> list[Need]:
@@ -80,7 +92,8 @@ def fetch(config: StudyConfig, need: Need) -> None:
 
     for model in distinct(config.models):
         if resolve(model.model) == need.name:
-            _hub(snapshot_download, model)
+            for part in _parts(model):
+                _hub(snapshot_download, part)
 
 
 def key_of(model: ModelConfig) -> tuple[str, str, bool]:
@@ -89,7 +102,7 @@ def key_of(model: ModelConfig) -> tuple[str, str, bool]:
     Args:
         model: The model.
     """
-    return model.model, model.revision or "main", bool(getattr(model, "pipeline", None))
+    return model.model, model.revision or "main", bool(model.pipeline)
 
 
 def distinct(models: tuple[ModelConfig, ...]) -> list[ModelConfig]:
@@ -106,25 +119,30 @@ def distinct(models: tuple[ModelConfig, ...]) -> list[ModelConfig]:
     return list(by.values())
 
 
-def _hub(download: Any, model: ModelConfig, **more: Any) -> Any:
+def _parts(model: ModelConfig) -> Iterator[_Part]:
+    """Give what is downloaded for a model; which repository has its code may be known once its own files are here."""
+    name = resolve(model.model)
+    if not Path(name).expanduser().is_dir():
+        patterns = [*_FILES, *(["*.py"] if model.trust_remote_code else [])]
+        yield _Part(name, model.revision, patterns, list(_NOT) if model.pipeline else [*_NOT, _BELOW])
+    for repo in code_elsewhere(model):
+        yield _Part(repo, None, ["*.py"], [_BELOW])
+
+
+def _hub(download: Any, part: _Part, **more: Any) -> Any:
     from huggingface_hub.errors import HfHubHTTPError
 
-    from dllm_sparsity.lm.loading import hub_error
-
-    patterns = [*_FILES, *(["*.py"] if model.trust_remote_code else [])]
-    ignored = list(_NOT) if getattr(model, "pipeline", None) else [*_NOT, _BELOW]
+    keys = {"revision": part.revision, "allow_patterns": part.patterns, "ignore_patterns": part.ignored}
     try:
-        return download(
-            resolve(model.model), revision=model.revision, allow_patterns=patterns, ignore_patterns=ignored, **more
-        )
+        return download(part.repo, **keys, **more)
     except HfHubHTTPError as error:
-        raise hub_error(resolve(model.model), model.revision, error) from error
+        raise hub_error(part.repo, part.revision, error) from error
     except Exception as error:  # a full disk, or the errors of whatever library the hub's client speaks through
         why = " ".join(str(error).split())[:160]
         if more.get("dry_run"):
-            raise UserError(f"the hub could not be asked about {resolve(model.model)}: {why}", "try again") from error
+            raise UserError(f"the hub could not be asked about {part.repo}: {why}", "try again") from error
         raise UserError(
-            f"the download of {resolve(model.model)} stopped: {why}",
+            f"the download of {part.repo} stopped: {why}",
             "run the same command again: files that are whole are kept",
         ) from error
 
@@ -138,29 +156,25 @@ def model_need(model: ModelConfig) -> Need:
     Raises:
         UserError: It does not exist, may not be read, or has no safetensors.
     """
-    from dllm_sparsity.lm.loading import check_exists
+    from huggingface_hub import snapshot_download
 
     name = resolve(model.model)
     check_exists(name, model.revision)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return Need("model", name, "", 0, 0, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-    from huggingface_hub import snapshot_download
-
-    files = _hub(snapshot_download, model, dry_run=True)
-    if not any(file.filename.endswith(".safetensors") for file in files):
+    files = {part.repo: _hub(snapshot_download, part, dry_run=True) for part in _parts(model)}
+    if name in files and not any(file.filename.endswith(".safetensors") for file in files[name]):
         raise UserError(
             f"{name} has no safetensors weights; pickles are never downloaded",
             "convert it: load and save_pretrained it once, and give the folder",
         )
-    absent = [file for file in files if file.will_download]
+    absent = {repo: [file for file in own if file.will_download] for repo, own in files.items()}
+    here = [] if name in files else [path.stat().st_size for path in Path(name).rglob("*") if path.is_file()]
     return Need(
         "model",
         name,
-        name if absent else "",
-        len(absent),
-        sum(file.file_size or 0 for file in absent),
-        sum(file.file_size or 0 for file in files),
+        ", ".join(repo for repo, own in absent.items() if own),
+        sum(map(len, absent.values())),
+        sum(file.file_size or 0 for own in absent.values() for file in own),
+        sum(here) + sum(file.file_size or 0 for own in files.values() for file in own),
     )
 
 

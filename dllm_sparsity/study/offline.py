@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.study.cached import code_elsewhere, find_file, missing_code
 from dllm_sparsity.study.config import ModelConfig, StudyConfig
+from dllm_sparsity.study.models import resolve
 
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
@@ -47,6 +49,7 @@ def check_offline(config: StudyConfig, is_file: bool = True) -> None:
     if lacking := missing(config):
         gone = [model for model in config.models if missing_files(model)]
         each = [f"hf download {own.model}{f' --revision {own.revision}' if own.revision else ''}" for own in gone]
+        each += [f"hf download {repo}" for own in gone for repo in code_elsewhere(own)]
         command = "dllm-sparsity fetch CONFIG" if is_file or not gone else " && ".join(dict.fromkeys(each))
         raise UserError(f"offline: {'; '.join(lacking)}", f"with a network, first: {command}")
 
@@ -83,20 +86,18 @@ def missing_files(model: ModelConfig) -> list[str]:
     Args:
         model: The model.
     """
-    from dllm_sparsity.study.models import resolve
-
     name = resolve(model.model)
-    lacking = [] if _find(name, "config.json", model.revision) else ["config.json"]
-    index = _find(name, INDEX, model.revision)
+    lacking = [] if find_file(name, "config.json", model.revision) else ["config.json"]
+    index = find_file(name, INDEX, model.revision)
     if index is not None:
-        lacking += [shard for shard in shards(index) if not _find(name, shard, model.revision)]
-    elif not _find(name, "model.safetensors", model.revision):
+        lacking += [shard for shard in shards(index) if not find_file(name, shard, model.revision)]
+    elif not find_file(name, "model.safetensors", model.revision):
         folder = Path(name).expanduser()
         if not (folder.is_dir() and any(folder.glob("*.safetensors"))):
             lacking.append("model.safetensors")
-    if not any(_find(name, file, model.revision) for file in _TOKENIZERS):
+    if not any(find_file(name, file, model.revision) for file in _TOKENIZERS):
         lacking.append(TOKENIZER)
-    return lacking
+    return lacking + (missing_code(name, model.revision) if model.trust_remote_code else [])
 
 
 def shards(index: Path) -> list[str]:
@@ -111,18 +112,3 @@ def shards(index: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read {index}: {error}", "delete it, and fetch the model again") from error
-
-
-def _find(model: str, file: str, revision: str | None) -> Path | None:
-    """Return a file of a model in its folder or in the cache of the hub."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder / file if (folder / file).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model, file, revision=revision)
-    except HFValidationError:
-        return None
-    return Path(found) if isinstance(found, str) else None

@@ -325,7 +325,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
-    monkeypatch.setattr(architectures, "_unreachable", [])
+    monkeypatch.setattr("dllm_sparsity.lm.hub._answers", {})
     for name in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"):
         assert architectures.find_architecture(name).source == "shipped description"
     assert len(asked) == 1

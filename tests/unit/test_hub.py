@@ -1,13 +1,15 @@
 """What users hear of the hub, and what fetch brings from it: against a server with the hub's status codes and headers."""
 
+import json
+
 import hub as stand_in
 import pytest
 from huggingface_hub import constants
 
 from dllm_sparsity.cli.fetch import fetch as command
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.lm.loading import check_exists
-from dllm_sparsity.study import architectures, fetch, offline
+from dllm_sparsity.lm.hub import check_exists
+from dllm_sparsity.study import fetch, offline
 from dllm_sparsity.study.check import check_study
 from dllm_sparsity.study.config import ModelConfig, build_config
 
@@ -137,9 +139,59 @@ def test_code_comes_only_where_it_is_trusted(served, material, tmp_path):
     assert "pytorch_model.bin" not in names
 
 
+@pytest.fixture
+def coded(hub, material):
+    """A model whose code is in its repository, and its tokenizer's in another; both import a file beside them."""
+    files = {path.name: path.read_bytes() for path in (material / "ar").iterdir() if path.is_file()}
+    config = {**json.loads(files["config.json"]), "model_type": "blocks"}
+    config["auto_map"] = {
+        "AutoConfig": "free/coded--configuration_x.Config",
+        "AutoModelForCausalLM": "modeling_x.Model",
+        "AutoModelForTokenClassification": "nowhere.Model",
+    }
+    tokenizer = json.loads(files["tokenizer_config.json"])
+    tokenizer["auto_map"] = {"AutoTokenizer": [None, "free/code--tokenization_x.Tokenizer"]}
+    files["config.json"], files["tokenizer_config.json"] = (json.dumps(own).encode() for own in (config, tokenizer))
+    code = {"configuration_x.py": b"x = 1", "modeling_x.py": b"from .layers_x import y", "layers_x.py": b"y = 1"}
+    hub.add("free/coded", {**files, **code})
+    hub.add("free/code", {"tokenization_x.py": b"import os\nfrom .words_x import z", "words_x.py": b"z = 1"})
+    return hub
+
+
+def test_the_code_of_a_trusted_model_is_part_of_what_is_fetched(coded, material, monkeypatch):
+    plain, trusted = (study("free/coded", material, trust_remote_code=own) for own in (False, True))
+    fetch.fetch(plain, fetch.needs(plain)[0])
+    assert offline.missing_files(plain.models[0]) == []
+    lacking = ["configuration_x.py", "modeling_x.py", "tokenization_x.py of free/code"]
+    assert offline.missing_files(trusted.models[0]) == lacking
+    with pytest.raises(UserError, match=", ".join(lacking)) as error:
+        offline.check_offline(trusted)
+    assert "dllm-sparsity fetch" in error.value.hint
+    with pytest.raises(UserError) as error:
+        offline.check_offline(trusted, is_file=False)
+    assert "hf download free/coded && hf download free/code" in error.value.hint
+    need = fetch.needs(trusted)[0]
+    assert (need.source, need.files) == ("free/coded, free/code", 5)
+    fetch.fetch(trusted, need)
+    assert offline.missing_files(trusted.models[0]) == []
+    assert fetch.needs(trusted)[0].source == ""
+
+
+def test_check_and_dry_run_name_the_code_that_is_not_here(coded, material, monkeypatch):
+    from dllm_sparsity.study.dry_run import dry_run
+
+    plain, trusted = (study("free/coded", material, trust_remote_code=own) for own in (False, True))
+    fetch.fetch(plain, fetch.needs(plain)[0])
+    for name in offline.SWITCHES:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for found in (check_study(trusted, here=True), dry_run(trusted)):
+        assert any("configuration_x.py, modeling_x.py, tokenization_x.py" in line for line in found.problems)
+        assert any("dllm-sparsity fetch" in line for line in found.problems)
+
+
 def test_check_says_what_is_to_be_downloaded_and_whether_there_is_room(served, material, monkeypatch):
     _, files = served
-    monkeypatch.setattr(architectures, "_unreachable", [])
     config = study("free/model", material)
     found = check_study(config, here=True)
     assert found.problems == ()
@@ -152,7 +204,6 @@ def test_check_says_what_is_to_be_downloaded_and_whether_there_is_room(served, m
 
 
 def test_check_says_that_a_model_is_gated_though_its_description_is_shipped(hub, material, monkeypatch):
-    monkeypatch.setattr(architectures, "_unreachable", [])
     hub.add("meta-llama/Llama-3.1-8B", {"config.json": b"{}"}, gated=True)
     found = check_study(study("meta-llama/Llama-3.1-8B", material), here=True)
     assert found.models[0].source == "shipped description"
@@ -160,9 +211,19 @@ def test_check_says_that_a_model_is_gated_though_its_description_is_shipped(hub,
     assert "is gated, and you are not logged in; hf auth login" in found.problems[0]
 
 
+def test_check_asks_once_whether_the_hub_is_there(served, material, monkeypatch):
+    from huggingface_hub import get_hf_file_metadata
+
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.get_hf_file_metadata", lambda url, **keys: asked.append(url) or get_hf_file_metadata(url)
+    )
+    assert check_study(study("free/model", material), here=True).problems == ()
+    assert len(asked) == 1
+
+
 def test_check_asks_once_for_a_model_that_is_given_twice(served, material, monkeypatch):
     hub, _ = served
-    monkeypatch.setattr(architectures, "_unreachable", [])
     one = study("free/model", material).models[0]
     twice = (one, one.model_copy(update={"revision": "main"}))
     found = check_study(study("free/model", material).model_copy(update={"models": twice}), here=True)
@@ -173,13 +234,11 @@ def test_check_asks_once_for_a_model_that_is_given_twice(served, material, monke
 def test_a_tokenizer_of_which_the_cache_holds_a_part_is_not_at_hand(served, material, monkeypatch):
     from huggingface_hub import hf_hub_download
 
-    monkeypatch.setattr(architectures, "_unreachable", [])
     hf_hub_download("free/model", "tokenizer_config.json")
     assert check_study(study("free/model", material), here=True).problems == ()
 
 
 def test_check_of_a_hub_that_does_not_answer_says_what_is_not_known(hub, material, monkeypatch):
-    monkeypatch.setattr(architectures, "_unreachable", [])
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.close()
     found = check_study(study("meta-llama/Llama-3.1-8B", material), here=True)
