@@ -123,7 +123,7 @@ def stop_at(monkeypatch, number):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
-def test_a_damaged_journal_is_named_and_made_good(small, finished, tmp_path, monkeypatch, damage):
+def test_a_damaged_journal_is_named_and_made_good(small, finished, tmp_path, monkeypatch, caplog, damage):
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
@@ -134,9 +134,9 @@ def test_a_damaged_journal_is_named_and_made_good(small, finished, tmp_path, mon
     data[len(data) // 2] ^= 4
     journal.write_bytes(data if damage == "flipped" else data[: len(data) * 2 // 3])
     compare(small, path)
-    assert re.search(
-        rf"{re.escape(str(journal))}: cut short, or damaged: \d+ bytes behind record", (path / "log.txt").read_text()
-    )
+    told = rf"{re.escape(str(journal))}: cut short, or damaged: \d+ bytes behind record"
+    assert re.search(told, (path / "log.txt").read_text())
+    assert any(re.search(told, message) for message in caplog.messages)  # on the terminal as well
     assert numbers(path) == numbers(finished)
 
 
@@ -191,10 +191,9 @@ def test_the_field_is_named_in_which_another_study_differs(small, finished, tmp_
 def test_what_the_first_moments_leave_is_no_foreign_folder(small, tmp_path):
     path, config = tmp_path / "run", build_config(small)
     (path / "cells").mkdir(parents=True)
-    for name in (".lock", ".lock.owner", ".lock.owner.4194305", ".config.yaml.4194305"):
+    for name in (".lock", ".lock.owner", ".lock.owner.4194305", ".config.yaml.4194305", "log.txt"):
         (path / name).write_text("")
         RunDir(path, config).release()
-        (path / "config.yaml").unlink()
     assert not list(path.glob(".*4194305"))
     (path / "cells" / "kept").mkdir()
     with pytest.raises(UserError, match="is not empty and holds no study"):
