@@ -1,5 +1,6 @@
 """A study that is killed, runs out of disk, finds its files damaged or its folder taken: it goes on, with the same numbers."""
 
+import contextlib
 import json
 import os
 import random
@@ -61,12 +62,14 @@ def numbers(path):
     return found
 
 
-def killed(study, out, kills):
+def killed(study, out, kills, workers=None):
     """Run a study in children of one process, killed where `kills` says; return what it reports."""
     task = {"study": study, "out": str(out), "begun": str(out.with_suffix(".begun")), "kills": kills}
+    task["workers"] = workers
     command = [sys.executable, str(TESTS / "killed.py")]
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "KILLED": str(out)}
     ran = subprocess.run(
-        command, input=json.dumps(task), text=True, capture_output=True, env=ENVIRONMENT, timeout=600, check=False
+        command, input=json.dumps(task), text=True, capture_output=True, env=environment, timeout=600, check=False
     )
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout.splitlines()[-1])
@@ -102,6 +105,26 @@ def test_killed_at_random_moments_it_ends_with_the_same_numbers(small, unbroken,
 def test_killed_twenty_times_it_ends_with_the_same_numbers(small, unbroken, tmp_path):
     kills = [(1 + number % 3, seconds) for number, (_, seconds) in enumerate(moments(20, seed=1))]
     check_kills(small, unbroken, tmp_path / "run", kills)
+
+
+@pytest.mark.slow
+def test_killed_with_workers_it_ends_with_the_same_numbers(small, unbroken, tmp_path):
+    path, (whole, ran) = tmp_path / "run", unbroken
+    broken = killed(small, path, [(2, 0.0), (5, 0.05), (3, 0.01)], workers=2)
+    assert broken["kills"] == 3
+    assert broken["inside"]
+    assert broken["begun"] <= ran["begun"]  # no batch is written down twice
+    assert numbers(path) == numbers(whole)
+    assert not (path / "journals").exists()
+    assert not list(processes_with(f"KILLED={path}"))
+
+
+def processes_with(variable):
+    """Yield the numbers of processes that have a variable in their environment."""
+    for each in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in each.read_bytes().split(b"\0"):
+                yield int(each.parent.name)
 
 
 class Stop(BaseException):
