@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +22,13 @@ from dllm_sparsity.errors import UserError
 from dllm_sparsity.layerwise import Place, allocated
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec, build_config, read_config
 from dllm_sparsity.study.engines import Engine
+from dllm_sparsity.study.files import write_whole, writing
 from dllm_sparsity.study.plan import Asks, Cell, Loaded, block_cell, with_block
-from dllm_sparsity.study.rundir import writing
 from dllm_sparsity.study.tasks import LoadedTask
 from dllm_sparsity.study.track import ExperimentTracker, Tracking
 
 _A, _T = TypeVar("_A"), TypeVar("_T")
+_log = logging.getLogger(__name__)
 EMBEDDED_STUDY = Path(__file__).parent / "pair" / "study.yaml"
 
 
@@ -234,14 +236,21 @@ class Searches:
         self.averages += [average.answer(goal, search, asked.width) for goal in goals]
 
     def write(self, path: Path) -> None:
-        """Write search.json: every answer, and those on averages over tasks.
+        """Write search.json: every answer, and those on averages over tasks. Where the one before is damaged, say so.
 
         Args:
             path: The run directory.
         """
+        from dllm_sparsity.analysis.checking import read_search
         from dllm_sparsity.analysis.summary import clean
 
-        _write_json(path / "search.json", clean({"curves": self.answers, "averages": self.averages}))
+        place, found = path / "search.json", clean({"curves": self.answers, "averages": self.averages})
+        try:
+            read_search(place)
+        except UserError as error:
+            _log.warning("%s; it is written anew", error.message)
+        with writing(path):
+            write_whole(place, json.dumps(found, indent=1, allow_nan=False))
 
 
 def _answered(
@@ -265,13 +274,6 @@ def _on(task: LoadedTask, loop: Generator[Cell, Path, _T]) -> Generator[tuple[Ce
             cell = loop.send((yield cell, task))
     except StopIteration as end:
         return end.value
-
-
-def _write_json(path: Path, data: Any) -> None:
-    draft = path.with_name(f".{path.name}")
-    with writing(path.parent):
-        draft.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
-        draft.replace(path)
 
 
 def ladder_of(rule: RuleConfig, shares: Sequence[float] = LADDER) -> list[float]:

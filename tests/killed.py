@@ -1,8 +1,8 @@
 """Run a study in child processes and kill them; a script, so that the libraries are loaded once for all children.
 
 Reads one JSON object: study, out, begun (a file that grows by a byte for each batch that is begun), and for each kill
-how many batches the child may begin and how many seconds it then lives on. The last child runs to its end. Prints one
-JSON object.
+how many batches the child may begin and how many seconds it then lives on. The last child runs to its end. With
+`workers`, these answer, and a batch that is written down counts as begun. Prints one JSON object.
 """
 
 import importlib
@@ -18,6 +18,8 @@ import transformers
 
 from dllm_sparsity import comparison
 from dllm_sparsity.lm import base
+from dllm_sparsity.study.engines import Engine
+from dllm_sparsity.study.journal import CellJournal
 
 for name in ("lm_eval.evaluator", "autoregressive.backend", "dllm_sparsity.diffusion.backend", "dllm_sparsity.report"):
     importlib.import_module(name)
@@ -32,8 +34,17 @@ def child(task: dict) -> None:
         os.write(batches, b".")
         return real(self, work)
 
-    base.SparsityLM.compute = noted
-    comparison.compare(task["study"], task["out"])
+    if task.get("workers"):
+        append = CellJournal._append
+
+        def written(self, *arguments):
+            append(self, *arguments)
+            os.write(batches, b".")
+
+        CellJournal._append = written
+    else:
+        base.SparsityLM.compute = noted
+    comparison.compare(task["study"], task["out"], engine=Engine(workers=task.get("workers")))
 
 
 def run(task: dict, kill: tuple[int, float] | None) -> int | None:

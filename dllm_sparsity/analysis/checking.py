@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dllm_sparsity.analysis.arrow import pc
 from dllm_sparsity.errors import UserError
-from dllm_sparsity.study.records import SCHEMA_VERSION, CellRecord
+from dllm_sparsity.study.records import CellRecord, find_flaw, parse_json
 
 LARGEST_JSON_BYTES = 64 * 2**20
-KINDS = ("accuracy", "nll", "loglikelihood", "agreement", "score")
-_NUMBER = (int, float)
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "schema": (int,),
-    "fingerprint": (str,),
-    "paradigm": (str,),
-    "model": (str,),
-    "task": (str,),
-    "output_type": (str,),
-    "dense": (bool,),
-    "rule": (str, type(None)),
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_STEP: dict[str, tuple[type, ...]] = {"strength": _NUMBER, "sparsity": _MAYBE, "items": (int,)}
+_ANSWER: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("paradigm", "model", "task", "rule", "site", "quality", "kind", "stopped"), (str,)),
+    **dict.fromkeys(("items", "items_available", "evaluations"), (int,)),
     "rule_parameters": (dict,),
-    "strength": (*_NUMBER, type(None)),
-    "site": (str, type(None)),
-    "sites_recorded": (list,),
     "layers": (list, type(None)),
-    "qualities": (list,),
-    "estimator": (str, type(None)),
-    "shifted_steps": (bool,),
-    "ffn": (dict,),
-    "simulated": (bool,),
-    "items": (int,),
-    "totals": (dict,),
-    "notes": (list,),
+    "retention": _NUMBER,
+    "width": _NUMBER,
+    "value": _MAYBE,
+    "interval": (list, type(None)),
+    "dense": (dict,),
+    "path": (list,),
 }
+_ALLOCATION: dict[str, tuple[type, ...]] = {"rule": (dict,), "sensitivities": (list,)}
 MUST_BE_TOLD = ("phase", "step", "layer", "site", "rows", "kept", "total")
 _LEFT_OPEN = {"branch": "cond", "token_state": "unknown", "expert": -1}
 
@@ -57,7 +46,7 @@ def damaged(path: Path, why: str) -> UserError:
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON file strictly: no NaN, no Infinity, a bounded size.
+    """Read one JSON file strictly: no NaN, no Infinity, no number beyond 64 bits, a bounded size.
 
     Args:
         path: The file.
@@ -65,14 +54,10 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: It is missing, too large or not JSON.
     """
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
         if path.stat().st_size > LARGEST_JSON_BYTES:
             raise damaged(path, f"larger than {LARGEST_JSON_BYTES // 2**20} MiB")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise damaged(path, error.strerror or "it cannot be read") from error
     except (ValueError, RecursionError) as error:
@@ -89,30 +74,57 @@ def read_record(path: Path) -> CellRecord:
         UserError: A field is missing or of another type, or the file is of another schema or cell.
     """
     record = read_json(path)
-    if not isinstance(record, dict):
-        raise damaged(path, "not an object")
-    for name, types in _FIELDS.items():
-        if not isinstance(record.get(name), types) or (isinstance(record.get(name), bool) and bool not in types):
-            raise damaged(path, f"{name} is missing or of the wrong type")
-    if record["schema"] != SCHEMA_VERSION:
-        raise damaged(path, f"schema {record['schema']}, this version reads schema {SCHEMA_VERSION}")
+    if (flaw := find_flaw(record)) is not None:
+        raise damaged(path, flaw)
     if record["fingerprint"] != path.parent.name:
         raise damaged(path, f"it belongs to cell {record['fingerprint'][:40]}")
-    if not record["dense"] and (record["site"] is None or record["rule"] is None):
-        raise damaged(path, "a cell with a rule needs its rule and its site")
-    again = record.get("replicate", 1)
-    if type(again) is not int or again < 1 or ("replicate" in record and not record["dense"]):
-        raise damaged(path, "replicate is not the number of a further dense run")
-    sites = record["totals"].get("sites", {})
-    counts = list(sites.values()) if isinstance(sites, dict) else [None]
-    if not all(isinstance(own, dict) and all(isinstance(value, _NUMBER) for value in own.values()) for own in counts):
-        raise damaged(path, "totals.sites is not a count for each site")
-    for quality in record["qualities"]:
-        if not isinstance(quality, dict) or not isinstance(quality.get("name"), str):
-            raise damaged(path, "a quality without a name")
-        if quality.get("kind") not in KINDS or not isinstance(quality.get("chance"), (*_NUMBER, type(None))):
-            raise damaged(path, f"quality {quality['name'][:40]} is of an unknown kind")
     return cast(CellRecord, record)
+
+
+def read_search(path: Path) -> Any:
+    """Read search.json; None where there is none.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: It is not JSON, or an answer lacks what the analysis relies on.
+    """
+    search = read_json(path) if path.is_file() else None
+    if search is None:
+        return None
+    if not isinstance(search, dict):
+        raise damaged(path, "not an object")
+    averages = search.get("averages", [])
+    if isinstance(averages, list):  # older versions wrote others, which are passed over
+        averages = [own for own in averages if not isinstance(own, dict) or "measured" in own]
+    for name, answers in (("curves", search.get("curves", [])), ("averages", averages)):
+        if not isinstance(answers, list) or not all(map(_is_answer, answers)):
+            raise damaged(path, f"{name} is not a list of answers")
+    for own in averages:
+        tasks, counts = own.get("tasks", []), own.get("measured", {})
+        if not isinstance(tasks, list) or not isinstance(counts, dict):
+            raise damaged(path, "an average does not name its tasks")
+        if not all(isinstance(each, list) and len(each) == len(tasks) for each in counts.values()):
+            raise damaged(path, "an average does not say what was measured of each task")
+    return search
+
+
+def _is_answer(answer: Any) -> bool:
+    """Tell whether an answer of a search has the fields that the analysis relies on."""
+    allocation = answer.get("allocation") if isinstance(answer, dict) else None
+    return (
+        _has(answer, _ANSWER)
+        and all(_has(step, _STEP) for step in answer["path"])
+        and all(isinstance(end, _NUMBER) for end in answer["interval"] or [])
+        and len(answer["interval"] or [0, 0]) == 2
+        and (allocation is None or isinstance(allocation, dict))
+        and (not allocation or "rule" not in allocation or _has(allocation, _ALLOCATION))
+    )
+
+
+def _has(value: Any, fields: dict[str, tuple[type, ...]]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), types) for name, types in fields.items())
 
 
 def read_table(path: Path, required: dict[str, pa.DataType], optional: dict[str, pa.DataType]) -> pa.Table:

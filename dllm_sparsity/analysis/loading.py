@@ -9,7 +9,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from dllm_sparsity.analysis.checking import check_counts, complete_steps, read_json, read_record, read_table
+from dllm_sparsity.analysis.checking import (
+    check_counts,
+    complete_steps,
+    read_json,
+    read_record,
+    read_search,
+    read_table,
+)
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.records import (
     OPTIONAL_SAMPLE_COLUMNS,
@@ -129,7 +136,7 @@ def load(run_dir: str | Path) -> Run:
     from dllm_sparsity.analysis.blocks import joined
     from dllm_sparsity.analysis.standing import standing
 
-    search, unfounded = standing(_maybe_json(path / "search.json"), found)
+    search, unfounded = standing(read_search(path / "search.json"), found)
     answers = search.get("curves", []) if isinstance(search, dict) else []
     cells = sorted(joined(found, answers), key=_order)
     return Run(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,18 @@ class CellJournal:
         fingerprint: The cell's; a journal of another cell is dropped.
         source: Answers the batches that the journal does not have. Where it does not know that every site acts, one
             batch is answered again.
+        tell: Told what was damaged; the log when None.
 
     Raises:
         UserError: The disk is full or cannot be written to.
     """
 
-    def __init__(self, path: Path, fingerprint: str, source: Source) -> None:
+    def __init__(self, path: Path, fingerprint: str, source: Source, tell: Callable[[str], None] | None = None) -> None:
         self._source, self._sums = source, Sums()
         self.batches, self.replayed, self.replayed_seconds = 0, 0, 0.0
         self._notes: set[str] = set()
-        self._file = RecordFile(path)
+        self._tell = tell or _log.warning
+        self._file = RecordFile(path, tell)
         try:
             owner = json.dumps({"fingerprint": fingerprint}).encode()  # record 0 says whose journal it is
             if len(self._file) and self._file.read(0) != owner:
@@ -109,7 +111,7 @@ class CellJournal:
             return None
         content = self._file.read(numbers.pop())
         if content is None:
-            _log.warning("%s: a batch is damaged and computed again", self._file.path)
+            self._tell(f"{self._file.path}: a batch is damaged and computed again")
             return None
         head, _, table = content.partition(b"\n")
         entry = json.loads(head)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from dllm_sparsity.study.rundir import writing
+from dllm_sparsity.study.files import writing
 
 _NOISY = ("dllm_sparsity", "lm_eval", "transformers", "datasets", "huggingface_hub", "httpx", "submitit")
 

@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from dllm_sparsity.study.rundir import sync_folder, writing
+from dllm_sparsity.study.files import remove, sync_folder, writing
 
 _BEGINNING = b"dllm-sparsity records 1\n"
 _LENGTH, _DIGEST = 8, 32
@@ -18,20 +19,24 @@ _log = logging.getLogger(__name__)
 class RecordFile:
     """Byte strings, one behind the other; each with its length and a digest of its number and content.
 
-    What does not match, and all behind it, is cut off when the file is opened, and the log says so.
+    What does not match, and all behind it, is cut off when the file is opened, and said.
 
     Args:
         path: The file; made when it does not exist, with its folder.
+        tell: Told what was damaged; the log when None.
 
     Raises:
         UserError: It cannot be made, read or written to.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, tell: Callable[[str], None] | None = None) -> None:
+        self.path, self._tell = path, tell or _log.warning
         self._places: list[tuple[int, int]] = []  # where each record's content begins, and its length
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                self._tell(f"{path}: no file of records, but a folder; it is removed")
+                remove(path)
             self._stream = path.open("r+b" if path.exists() else "w+b", buffering=0)
             try:
                 self._scan()
@@ -76,18 +81,19 @@ class RecordFile:
                 raise
         self._places.append((end + _LENGTH + _DIGEST, len(content)))
 
-    def cut(self, count: int, reason: str) -> None:
+    def cut(self, count: int, reason: str, tell: Callable[[str], None] = _log.warning) -> None:
         """Drop all records but the first ones.
 
         Args:
             count: How many to keep.
-            reason: Why, for the log.
+            reason: Why.
+            tell: Told that; the log where nothing is wrong.
 
         Raises:
             UserError: The file cannot be written to.
         """
         dropped = self._stream.seek(0, os.SEEK_END) - self._end(count)
-        _log.warning("%s: %s: %d bytes behind record %d dropped", self.path, reason, dropped, count)
+        tell(f"{self.path}: {reason}: {dropped} bytes behind record {count} dropped")
         del self._places[count:]
         with writing(self.path.parent):
             self._stream.truncate(self._end())
@@ -107,7 +113,7 @@ class RecordFile:
         self._stream.seek(0)
         if self._read(len(_BEGINNING)) != _BEGINNING:
             if size:
-                _log.warning("%s: no file of records, or damaged at its beginning: %d bytes dropped", self.path, size)
+                self._tell(f"{self.path}: no file of records, or damaged at its beginning: {size} bytes dropped")
             self._stream.truncate(0)
             self._write(0, _BEGINNING)
             return
@@ -117,7 +123,7 @@ class RecordFile:
             length = int.from_bytes(self._read(_LENGTH), "little")
             start += _LENGTH + _DIGEST
             if start + length > size or self._checked(len(self), start, length) is None:
-                self.cut(len(self), "cut short, or damaged")
+                self.cut(len(self), "cut short, or damaged", self._tell)
                 return
             self._places.append((start, length))
             start += length

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NoReturn, NotRequired, TypedDict
 
 import pyarrow as pa
 
@@ -65,6 +66,34 @@ SAMPLE_COLUMNS: dict[str, pa.DataType] = {
 }
 OPTIONAL_SAMPLE_COLUMNS: dict[str, pa.DataType] = {
     "group": pa.string(),  # items with one value depend on each other: one passage, one twin pair; null stands alone
+}
+
+
+KINDS = ("accuracy", "nll", "loglikelihood", "agreement", "score")
+"""Of qualities."""
+_NUMBER = (int, float)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "fingerprint": (str,),
+    "paradigm": (str,),
+    "model": (str,),
+    "task": (str,),
+    "output_type": (str,),
+    "dense": (bool,),
+    "rule": (str, type(None)),
+    "rule_parameters": (dict,),
+    "strength": (*_NUMBER, type(None)),
+    "site": (str, type(None)),
+    "sites_recorded": (list,),
+    "layers": (list, type(None)),
+    "qualities": (list,),
+    "estimator": (str, type(None)),
+    "shifted_steps": (bool,),
+    "ffn": (dict,),
+    "simulated": (bool,),
+    "items": (int,),
+    "totals": (dict,),
+    "notes": (list,),
 }
 
 
@@ -149,9 +178,70 @@ def find_damage(folder: Path) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     record = _read(folder / "cell.json")
-    if not isinstance(record, dict) or record.get("fingerprint") != folder.name:
+    if isinstance(record, dict) and record.get("fingerprint") != folder.name:
         return "cell.json is of another cell"
+    flaw = "not JSON" if record is None else find_flaw(record)
+    return None if flaw is None else f"cell.json does not hold: {flaw}"
+
+
+def find_flaw(record: Any) -> str | None:
+    """Return what keeps a record from being one of this schema, in all that the analysis relies on; None where nothing.
+
+    Args:
+        record: What a cell.json holds.
+    """
+    if not isinstance(record, dict):
+        return "not an object"
+    for name, types in _FIELDS.items():
+        if not isinstance(record.get(name), types) or (isinstance(record.get(name), bool) and bool not in types):
+            return f"{name} is missing or of the wrong type"
+    if any(not isinstance(each, str) for name in ("sites_recorded", "notes") for each in record[name]):
+        return "sites_recorded or notes holds something that is no text"
+    if any(type(layer) is not int for layer in record["layers"] or ()):
+        return "layers holds something that is no number of a layer"
+    if record["schema"] != SCHEMA_VERSION:
+        return f"schema {record['schema']}, this version reads schema {SCHEMA_VERSION}"
+    if not record["dense"] and (record["site"] is None or record["rule"] is None):
+        return "a cell with a rule needs its rule and its site"
+    again = record.get("replicate", 1)
+    if type(again) is not int or again < 1 or ("replicate" in record and not record["dense"]):
+        return "replicate is not the number of a further dense run"
+    sites = record["totals"].get("sites", {})
+    counts = list(sites.values()) if isinstance(sites, dict) else [None]
+    if not all(isinstance(own, dict) and all(isinstance(value, _NUMBER) for value in own.values()) for own in counts):
+        return "totals.sites is not a count for each site"
+    for quality in record["qualities"]:
+        if not isinstance(quality, dict) or not isinstance(quality.get("name"), str):
+            return "a quality without a name"
+        if quality.get("kind") not in KINDS or not isinstance(quality.get("chance"), (*_NUMBER, type(None))):
+            return f"quality {quality['name'][:40]} is of an unknown kind"
     return None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON strictly: no NaN, no infinity, no number that 64 bits do not hold.
+
+    Args:
+        text: The JSON.
+
+    Raises:
+        ValueError: It is something else.
+        RecursionError: It is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse, parse_int=_whole, parse_float=_real)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text[:20]} is not JSON")
+
+
+def _whole(text: str) -> int:
+    return int(text) if len(text) < 20 and abs(int(text)) < 2**63 else _refuse(text)
+
+
+def _real(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
 
 
 def _digest(path: Path) -> str:
@@ -161,6 +251,6 @@ def _digest(path: Path) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None

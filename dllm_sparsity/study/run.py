@@ -59,7 +59,7 @@ def run_cell(
     with prepared(lm, setting):
         with (
             host.attached(setting) as source,
-            closing(CellJournal(rundir.journal_path(fingerprint), fingerprint, source)) as journal,
+            closing(CellJournal(rundir.journal_path(fingerprint), fingerprint, source, rundir.tell)) as journal,
         ):
             lm.journal, lm.check_greedy = journal, needs_greedy(task.task)
             lm.order_seed = cell.replicate or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,11 +161,12 @@ def why_alone(lm: Any, setting: Setting) -> str | None:
 
 @dataclass(frozen=True)
 class Fellow:
-    """A cell whose journal is filled while another is run: its setting, its fingerprint and its journal."""
+    """A cell whose journal is filled while another is run; `tell` is told what of the journal is damaged."""
 
     setting: Setting
     fingerprint: str
     journal: Path
+    tell: Callable[[str], None] | None = None
 
 
 class LeadHost:
@@ -192,7 +193,7 @@ class LeadHost:
             source = stack.enter_context(self._host.stacked([setting, *(each.setting for each in self._fellows)]))
             shared = _Shared(source)
             for each in self._fellows:
-                journal = closing(CellJournal(each.journal, each.fingerprint, shared))
+                journal = closing(CellJournal(each.journal, each.fingerprint, shared, each.tell))
                 shared.journals.append(stack.enter_context(journal))
             yield shared
 

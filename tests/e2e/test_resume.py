@@ -1,5 +1,6 @@
 """A study that is killed, runs out of disk, finds its files damaged or its folder taken: it goes on, with the same numbers."""
 
+import contextlib
 import json
 import os
 import random
@@ -61,12 +62,14 @@ def numbers(path):
     return found
 
 
-def killed(study, out, kills):
+def killed(study, out, kills, workers=None):
     """Run a study in children of one process, killed where `kills` says; return what it reports."""
     task = {"study": study, "out": str(out), "begun": str(out.with_suffix(".begun")), "kills": kills}
+    task["workers"] = workers
     command = [sys.executable, str(TESTS / "killed.py")]
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "KILLED": str(out)}
     ran = subprocess.run(
-        command, input=json.dumps(task), text=True, capture_output=True, env=ENVIRONMENT, timeout=600, check=False
+        command, input=json.dumps(task), text=True, capture_output=True, env=environment, timeout=600, check=False
     )
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout.splitlines()[-1])
@@ -104,6 +107,26 @@ def test_killed_twenty_times_it_ends_with_the_same_numbers(small, unbroken, tmp_
     check_kills(small, unbroken, tmp_path / "run", kills)
 
 
+@pytest.mark.slow
+def test_killed_with_workers_it_ends_with_the_same_numbers(small, unbroken, tmp_path):
+    path, (whole, ran) = tmp_path / "run", unbroken
+    broken = killed(small, path, [(2, 0.0), (5, 0.05), (3, 0.01)], workers=2)
+    assert broken["kills"] == 3
+    assert broken["inside"]
+    assert broken["begun"] <= ran["begun"]  # no batch is written down twice
+    assert numbers(path) == numbers(whole)
+    assert not (path / "journals").exists()
+    assert not list(processes_with(f"KILLED={path}"))
+
+
+def processes_with(variable):
+    """Yield the numbers of processes that have a variable in their environment."""
+    for each in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in each.read_bytes().split(b"\0"):
+                yield int(each.parent.name)
+
+
 class Stop(BaseException):
     """Stands for a crash."""
 
@@ -123,7 +146,7 @@ def stop_at(monkeypatch, number):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut"])
-def test_a_damaged_journal_is_named_and_made_good(small, finished, tmp_path, monkeypatch, damage):
+def test_a_damaged_journal_is_named_and_made_good(small, finished, tmp_path, monkeypatch, caplog, damage):
     path = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
@@ -134,9 +157,9 @@ def test_a_damaged_journal_is_named_and_made_good(small, finished, tmp_path, mon
     data[len(data) // 2] ^= 4
     journal.write_bytes(data if damage == "flipped" else data[: len(data) * 2 // 3])
     compare(small, path)
-    assert re.search(
-        rf"{re.escape(str(journal))}: cut short, or damaged: \d+ bytes behind record", (path / "log.txt").read_text()
-    )
+    told = rf"{re.escape(str(journal))}: cut short, or damaged: \d+ bytes behind record"
+    assert re.search(told, (path / "log.txt").read_text())
+    assert any(re.search(told, message) for message in caplog.messages)  # on the terminal as well
     assert numbers(path) == numbers(finished)
 
 
@@ -191,10 +214,9 @@ def test_the_field_is_named_in_which_another_study_differs(small, finished, tmp_
 def test_what_the_first_moments_leave_is_no_foreign_folder(small, tmp_path):
     path, config = tmp_path / "run", build_config(small)
     (path / "cells").mkdir(parents=True)
-    for name in (".lock", ".lock.owner", ".lock.owner.4194305", ".config.yaml.4194305"):
+    for name in (".lock", ".lock.owner", ".lock.owner.4194305", ".config.yaml.4194305", "log.txt"):
         (path / name).write_text("")
         RunDir(path, config).release()
-        (path / "config.yaml").unlink()
     assert not list(path.glob(".*4194305"))
     (path / "cells" / "kept").mkdir()
     with pytest.raises(UserError, match="is not empty and holds no study"):

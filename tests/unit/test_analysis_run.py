@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +251,7 @@ def test_a_damaged_record_is_refused(run_dir, text, told):
         read_record(path)
     seal(path.parent)
     if text == "{":  # whoever sealed it, it is no record of this cell
-        assert load(run_dir).damaged == (f"cell {path.parent.name}: cell.json is of another cell",)
+        assert load(run_dir).damaged == (f"cell {path.parent.name}: cell.json does not hold: not JSON",)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +262,9 @@ def test_a_damaged_record_is_refused(run_dir, text, told):
         ({"dense": 1}, "dense is missing or of the wrong type"),
         ({"totals": {"sites": {"input": 3}}}, "totals.sites"),
         ({"items": True}, "items is missing or of the wrong type"),
+        ({"items": "x"}, "items is missing or of the wrong type"),
+        ({"layers": ["x"]}, "layers holds"),
+        ({"notes": [3]}, "notes holds"),
         ({"qualities": [{"name": "acc", "kind": "magic", "chance": 0}]}, "unknown kind"),
     ],
 )
@@ -270,11 +274,34 @@ def test_a_foreign_record_is_refused(run_dir, change, told):
     seal(path.parent)
     with pytest.raises(UserError, match=told):
         read_record(path)
-    if "fingerprint" in change:
-        assert len(load(run_dir).damaged) == 1
-    else:
-        with pytest.raises(UserError, match=told):
-            load(run_dir)
+    (damage,) = load(run_dir).damaged  # named and left out: compare computes it again
+    assert "is of another cell" in damage if "fingerprint" in change else told in damage
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e999", str(2**63)])
+def test_numbers_that_no_record_holds_are_damage(run_dir, number):
+    path = next(cell for cell in load(run_dir).cells if not cell.record["dense"]).folder / "cell.json"
+    path.write_text(re.sub(r'"strength": [^,]*', f'"strength": {number}', path.read_text()))
+    seal(path.parent)
+    assert len(load(run_dir).damaged) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("3", "not an object"),
+        ('{"curves": "x", "averages": 3}', "curves is not a list of answers"),
+        ('{"curves": [], "averages": 3}', "averages is not a list of answers"),
+        ('{"averages": [null]}', "averages is not a list of answers"),
+        ('{"curves": [{"task": "t"}]}', "curves is not a list of answers"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_search_that_no_run_writes_is_named(run_dir, text, told):
+    (run_dir / "search.json").write_text(text)
+    with pytest.raises(UserError, match=f"search.json cannot be used: {told}") as caught:
+        load(run_dir)
+    assert "writes this file anew" in caught.value.hint
 
 
 def test_damaged_tables_are_refused(run_dir):

@@ -19,6 +19,15 @@ from dllm_sparsity.study.engines.pool import Pool
 from dllm_sparsity.study.engines.runner import open_pool
 from dllm_sparsity.study.records import checksums, find_damage
 
+RECORD = {
+    **dict.fromkeys(("paradigm", "model", "task", "output_type"), "x"),
+    **dict.fromkeys(("rule", "strength", "site", "layers", "estimator")),
+    **{name: [] for name in ("sites_recorded", "qualities", "notes")},
+    **{name: {} for name in ("rule_parameters", "ffn", "totals")},
+    **dict.fromkeys(("dense", "shifted_steps", "simulated"), True),
+    **{"schema": 1, "fingerprint": "abc", "items": 1},
+}
+
 
 class DiedError(Exception):
     """What a call raises when its worker is gone."""
@@ -193,7 +202,7 @@ def test_a_sealed_cell_takes_the_place_of_a_damaged_one(tmp_path):
     sealed.mkdir(parents=True)
     for name in ("samples.parquet", "steps.parquet"):
         (sealed / name).write_text(name)
-    (sealed / "cell.json").write_text('{"fingerprint": "abc"}')
+    (sealed / "cell.json").write_text(json.dumps(RECORD))
     (sealed / "DONE").write_text(json.dumps(checksums(sealed)))
     slurm.take_over([sealed], study)
     assert find_damage(study.path / "cells" / "abc") is None

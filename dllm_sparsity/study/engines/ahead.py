@@ -22,7 +22,7 @@ def workers_ahead(engine: Engine, config: StudyConfig, cells: int) -> int | None
     if engine.kind == "ray":
         from dllm_sparsity.study.engines.ray import check_ray
 
-        check_ray(config.device)
+        check_ray(engine, config.device)
         return engine.workers
     if engine.kind == "slurm":
         from dllm_sparsity.study.engines import slurm

@@ -102,23 +102,30 @@ def check_reachable(address: str | None) -> None:
         ) from error
 
 
-def check_ray(device: str) -> None:
+def check_ray(engine: Engine, device: str) -> None:
     """Refuse what no cluster could run; none is asked.
 
     Args:
+        engine: How many GPUs each actor is to have.
         device: The study's device.
 
     Raises:
-        UserError: Ray is not installed, or the device is one numbered GPU.
+        UserError: Ray is not installed, the device is one numbered GPU, or has no GPUs for actors that want several.
     """
     if find_spec("ray") is None:
         raise _missing()
-    _check_device(device)
-
-
-def _check_device(device: str) -> None:
     if ":" in device:
         raise UserError(f"device {device} for a cluster", "use --device cuda: Ray gives each worker its own GPU")
+    if device not in ("auto", "cuda"):
+        _check_without_gpus(engine, f"device {device}")
+
+
+def _check_without_gpus(engine: Engine, where: str) -> None:
+    if engine.gpus_per_worker > 1:
+        raise UserError(
+            f"{engine.gpus_per_worker} GPUs for each worker, but {where} has none to share out",
+            "leave --gpus-per-worker out",
+        )
 
 
 def _missing() -> UserError:
@@ -127,22 +134,27 @@ def _missing() -> UserError:
 
 def _resources(ray: Any, engine: Engine, device: str) -> tuple[int, dict[str, Any], str]:
     """Return how many actors there are to be, what each needs, and its device."""
-    _check_device(device)
-    have = ray.cluster_resources()
-    gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = ([int(node[name]) for node in nodes if node.get(name, 0) >= 1] for name in ("GPU", "CPU"))
     kind = device if device != "auto" else "cuda" if gpus else "cpu"
     if kind == "cuda":
-        size = engine.workers or gpus // engine.gpus_per_worker
-        if size < 1 or size * engine.gpus_per_worker > gpus:
+        own = engine.gpus_per_worker
+        size = engine.workers or sum(count // own for count in gpus)
+        if size < 1 or sum(count // own for count in gpus) < size:
             raise UserError(
-                f"{max(size, 1)} workers with {engine.gpus_per_worker} GPUs each, but the cluster has {gpus}",
+                f"{max(size, 1)} workers with {own} GPUs each, but the cluster's nodes have {gpus or 'none'}",
                 "lower --workers or --gpus-per-worker, or add nodes",
             )
-        return size, {"num_gpus": engine.gpus_per_worker, "num_cpus": min(1, cpus)}, kind
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    size = engine.workers or len(nodes)
-    fewest = int(min((node["Resources"]["CPU"] for node in nodes), default=1))
-    own = fewest if size <= len(nodes) else max(1, cpus // size)
+        return size, {"num_gpus": own, "num_cpus": min(1, sum(cpus))}, kind
+    _check_without_gpus(engine, "the cluster")
+    size = engine.workers or max(1, len(cpus))
+    if size > sum(cpus):
+        raise UserError(
+            f"{size} workers with a CPU each, but the cluster has {sum(cpus)}", "lower --workers, or add nodes"
+        )
+    own = min(cpus)
+    if size > len(cpus):  # the most that all of them find room for
+        own = max(n for n in range(1, max(cpus) + 1) if sum(count // n for count in cpus) >= size)
     return size, {"num_gpus": 0, "num_cpus": own}, kind
 
 

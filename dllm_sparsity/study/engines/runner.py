@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -83,11 +84,16 @@ def run_study(
     rundir, pool, engine, share = None, None, engine or Engine(), share or Share()
     try:
         _check_first(config, engine)
-        rundir = RunDir(out, config)
+        if engine.kind == "ray":
+            with quiet(Path(os.devnull)):  # nothing is written before the cluster is there
+                pool = open_pool(engine, config, Path(os.devnull))
+        rundir = RunDir(
+            out, config, patient=share.cells is not None
+        )  # a job of an earlier run may still be at its part
         if share.cells is not None:
             slurm.take_over(share.cells.iterdir(), rundir)
         with quiet(rundir.log):
-            pool = open_pool(engine, config, rundir.log)
+            pool = pool or open_pool(engine, config, rundir.log)
             described = environment.describe(choose_device(config.device), config.seed)
             if pool is not None:
                 here = {**described, "code": environment.code_identity()}
@@ -104,13 +110,13 @@ def run_study(
         if config.search is None and share.parts == 1:  # a search may ask for its cells again, another part for its own
             rundir.drop_journals({job.fingerprint for job in jobs})
         searched = [] if searches is None else share.of(planner.searched())
-        if engine.kind == "slurm":
-            slurm.take_over(slurm.cells_of_parts(rundir), rundir)
+        slurm.take_over(slurm.cells_of_parts(rundir), rundir)
         open_jobs = [job for job in jobs if not rundir.is_sealed(job.fingerprint)]
         total = sum(job.cost for job in jobs)
         expected = planner.search_cost() if searched else 0.0
         progress.start(total + expected, total - sum(job.cost for job in open_jobs))
         if engine.kind == "slurm" and (open_jobs or not runner.are_done(searches, searched)):
+            slurm.tell_of_busy_parts(rundir)
             progress.cell("SLURM", total + expected)
             asked = config.model_copy(update={"device": described["device"]})
             with quiet(rundir.log):
@@ -174,10 +180,8 @@ class _Runner:
             why = why_alone(self._ready(jobs[0]).lm, self._setting(jobs[0]))
             if why is None:
                 title = f"{jobs[0].cell.title} and {len(jobs) - 1} more"
-                fellows = [
-                    Fellow(self._setting(job), job.fingerprint, self.rundir.journal_path(job.fingerprint))
-                    for job in jobs[1:]
-                ]
+                at, tell = self.rundir.journal_path, self.rundir.tell
+                fellows = [Fellow(self._setting(job), job.fingerprint, at(job.fingerprint), tell) for job in jobs[1:]]
                 self._run(jobs[0], LeadHost(self._ready(jobs[0]), fellows), title, sum(job.cost for job in jobs))
                 for job in jobs[1:]:
                     self._run(job, self._ready(job), job.cell.title, 0.0)
@@ -245,12 +249,11 @@ class _Runner:
 
 
 def _check_first(config: StudyConfig, engine: Engine) -> None:
-    """Refuse bad rules, strengths, devices and missing models before a file is written or a weight is loaded."""
-    from dllm_sparsity.lm.loading import check_exists, find_device
+    """Refuse bad engines, rules, strengths and missing models before a file is written or a weight is loaded."""
+    from dllm_sparsity.lm.loading import check_exists
+    from dllm_sparsity.study.engines.ahead import workers_ahead
 
-    if engine.kind == "local":
-        find_device(choose_device(config.device))
-
+    workers_ahead(engine, config, 1)
     for rule in config.rules:
         for strength in rule.strengths:
             if make_rule(rule.name, strength, rule.parameters).is_dense:

@@ -17,8 +17,9 @@ from typing import Any
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study.config import StudyConfig
 from dllm_sparsity.study.engines import Engine, Share
+from dllm_sparsity.study.files import remove, writing
 from dllm_sparsity.study.records import find_damage
-from dllm_sparsity.study.rundir import RunDir, writing
+from dllm_sparsity.study.rundir import RunDir, is_in_use
 
 _JOBS = 8
 _MINUTES, _RENEWALS = 240, 100
@@ -158,6 +159,25 @@ def cells_of_parts(rundir: RunDir) -> list[Path]:
     return sorted((rundir.path / "parts").glob("*/cells/*"))
 
 
+def tell_of_busy_parts(rundir: RunDir) -> None:
+    """Say at once at which parts of a study jobs of an earlier run still work.
+
+    Args:
+        rundir: Of the study.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    with writing(rundir.path):
+        busy = [part.name for part in sorted((rundir.path / "parts").glob("*")) if is_in_use(part)]
+    if busy:
+        rundir.tell(
+            f"jobs of an earlier run still work on {', '.join(busy)} of parts/; a new job of the same part waits for"
+            " them: let them end, or scancel them"
+        )
+        rundir.say()
+
+
 def take_over(folders: Iterable[Path], rundir: RunDir) -> None:
     """Link cells that are sealed elsewhere to where a run has its own; they stay where they are as well.
 
@@ -173,7 +193,7 @@ def take_over(folders: Iterable[Path], rundir: RunDir) -> None:
             place = rundir.path / "cells" / folder.name
             is_new = (folder / "DONE").is_file() and not (place / "DONE").is_file()
             if is_new and find_damage(folder) is None:
-                shutil.rmtree(place, ignore_errors=True)  # what was damaged
+                remove(place)  # what was damaged
                 draft = place.with_name(f".{place.name}.{os.getpid()}")
                 shutil.copytree(folder, draft, copy_function=_link)
                 os.replace(draft, place)
