@@ -127,11 +127,11 @@ def answers_of(cell: Cell, rule: CellRecord) -> list[Answer]:
     return [own for own in cell.searches if is_of(own, rule)]
 
 
-def is_of(answer: Answer, rule: CellRecord) -> bool:
-    """Tell whether an answer is of the curve that a cell belongs to.
+def is_of(answer: Answer | CellRecord, rule: CellRecord) -> bool:
+    """Tell whether an answer, or another cell, is of the curve that a cell belongs to.
 
     Args:
-        answer: What search.json holds of a curve.
+        answer: What search.json holds of a curve, or the record of a cell that is not dense.
         rule: Record of the cell; it is not dense.
     """
     return _curve(answer) == _curve(rule)

@@ -72,7 +72,8 @@ class Smooth:
         """
         error = np.sqrt(np.maximum(self.own + self.scatter * (times - 1), _NONE))
         above, below = (
-            logsumexp(log_ndtr(side * self.mean / error), axis=0, b=self.weight[:, None]) for side in (1, -1)
+            np.asarray(logsumexp(log_ndtr(side * self.mean / error), axis=0, b=self.weight[:, None]))
+            for side in (1, -1)
         )
         return np.where(above < below, ndtri_exp(np.minimum(above, 0.0)), -ndtri_exp(np.minimum(below, 0.0)))
 
