@@ -185,11 +185,11 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   from a miss, and the interval then reaches from there to the last crossing; to tell takes most items at several low
   strengths, as a grid spends them.
 - Behind the last point before half the dense margin is surely lost, or the last of them where it surely is not, the
-  curve may bend ten to two hundred times as much, where the points say so: else a long flat part, as in the lines with
-  a cliff or a brink, would put the fall right behind the last strength that was measured before it. An end of a narrow
-  interval is measured before it is believed, where no strength lies near it, as of `NLL, break`. What stays within
-  about one standard error above the threshold for long, and then falls, is told from a miss least well: of
-  `accuracy, ledge, then a fall` and its like more intervals end too low than should.
+  curve may bend thirty to three hundred times as much, where the points say so: else a long flat part, as in the lines
+  with a cliff or a brink, would put the fall right behind the last strength that was measured before it. An end of a
+  narrow interval is measured before it is believed, where no strength lies near it, as of `NLL, break`. What stays
+  just above the threshold before it falls is not told from a miss: in `accuracy, grazes, then a cliff` and
+  `accuracy, rises, then a cliff` it lies within about one standard error of all items, and more intervals end too low.
 - Where no strength fails, the answer is one-sided, and it holds when its low end is not above the truth.
 - A search goes through the items {passes:.1f} times for a curve, on the mean of the lines.
 - Widths and sparsities are in points of a hundred.

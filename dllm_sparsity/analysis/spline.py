@@ -13,7 +13,7 @@ _BENDS = np.geomspace(20.0, 5000.0, 6)
 """How strongly a curve may bend, in the height of its first point; each is weighed by how well it fits the points."""
 _HASTES = (0.0, 0.5)
 """Powers with which the bend grows along the curve, weighed likewise; half as far as one, it is as `_BENDS` says."""
-_SHARPS, _RARE = np.geomspace(10.0, 200.0, 3), 2.0
+_SHARPS, _RARE = np.geomspace(30.0, 300.0, 3), 3.0
 """How much more a curve may bend behind a corner, and by how much, in logarithms, its evidence must be better: without
 one, a long flat part says that a cliff behind it is a bend at once."""
 _SLIGHT = 0.01
