@@ -11,10 +11,12 @@ import yaml
 
 import dllm_sparsity
 from dllm_sparsity import registry
+from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import environment
 from dllm_sparsity.study.changes import _different
 from dllm_sparsity.study.config import build_config
 from dllm_sparsity.study.engines.planner import Planner
+from dllm_sparsity.study.engines.runner import _check_same
 
 PACKAGES = ("torch", "transformers", "tokenizers", "lm-eval", "datasets", "numpy", "dllm-sparsity")
 CODE_ROOMS = ("sparsity", "families", "lm", "diffusion", "study", "tasks")
@@ -188,6 +190,20 @@ def test_versions_of_packages_that_compute_for_some_models(own, monkeypatch):
         assert compared(before, after) == ({f"model.packages.{name}"} if any(where) else set())
         assert [old != new for old, new in zip(before[0], after[0], strict=True)] == where
         numbers[name] = "1"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("torch", "torch is 1 on a worker and 2 here"), ("code", "runs other code")]
+)
+def test_a_worker_with_other_packages_or_code_is_refused(name, told):
+    here = {"packages": {"torch": "2", "numpy": "2"}, "code": "2"}
+    there = {"packages": {"torch": "2"}, "code": "2"}
+    _check_same(there, here, ["diffusers", "torch"])  # missing on both, and numpy is not asked for
+    (there if name == "code" else there["packages"])[name] = "1"
+    with pytest.raises(UserError, match=told):
+        _check_same(there, here, ["diffusers", "torch"])
+    with pytest.raises(UserError, match="diffusers is not installed on a worker and 3 here"):
+        _check_same(there, {**here, "packages": {"diffusers": "3"}}, ["diffusers"])
 
 
 def test_the_kind_of_device(own):

@@ -67,6 +67,10 @@ def test_a_cache_without_links_is_none_to_read_names_from(served, tmp_path):
     link.unlink()
     link.write_bytes(data)
     assert hub_blobs("free/model", None) == {}
+    (tmp_path / "elsewhere").write_bytes(data)
+    link.unlink()
+    link.symlink_to(tmp_path / "elsewhere")
+    assert hub_blobs("free/model", None) == {}
     assert hub_blobs(str(link.parent), None) == {}
 
 
