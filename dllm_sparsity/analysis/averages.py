@@ -233,7 +233,7 @@ def _average(
     by_retention = {own["retention"]: own for own in answers}
     readings = with_answers(readings, by_retention, reason, len(measured) - 1, rng_of(group.dense, seed))
     nothing = [None] * (1 + len(strengths))
-    points = points_of([group.dense, *group.cells], quality, (measured, sparsity), nothing, nothing)
+    points = points_of([group.dense, *group.cells], quality, (measured, sparsity), nothing)
     told = {"value": points[0].quality, "interval": points[0].quality_interval}
     if answers and not strengths:
         told = max(answers, key=lambda own: own["items"])["dense"]
