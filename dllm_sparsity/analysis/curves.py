@@ -29,7 +29,7 @@ from dllm_sparsity.analysis.statistics import (
     DRAWS,
     SEED,
     above_chance,
-    paired_error,
+    group_sums,
     percentile_interval,
     resampled_sums,
 )
@@ -237,7 +237,9 @@ def _above(quality: Quality, dense: float, values: Pairs, clusters: np.ndarray |
     items, chance = len(values[0]), quality["chance"] or 0.0
     if clusters is None:
         return above_chance(dense, items, chance), f"n={items}"
-    error = paired_error(values, (np.zeros(items), np.ones(items)), clusters)
+    # around chance, as the error of guessing is: around the accuracy it is zero where all is right
+    off = group_sums((values[0] - chance * values[1])[:, None], clusters)
+    error = math.sqrt(float((off**2).sum())) / values[1].sum()
     return dense - chance > 2 * error, f"n={items} in {int(clusters.max()) + 1} groups"
 
 

@@ -147,6 +147,8 @@ def test_right_or_wrong_in_groups_is_not_taken_for_more_than_it_is():
     right = np.repeat([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], 10)
     alone, whole = (make_curve([right, right], own, 200, quality=ACC) for own in (None, groups))
     assert alone.readings[0].reason is None
+    all_right = make_curve([right * 0 + 1] * 2, groups // 3, 200, quality=ACC)  # three passages of 80 items
+    assert "n=80 in 3 groups" in all_right.readings[0].reason
     assert whole.readings[0].reason == (
         "dense accuracy 50.0% is not two standard errors above chance (25.0%, n=80 in 8 groups)"
     )
