@@ -100,7 +100,7 @@ def curves_of(cells: Sequence[Cell], draws: int = DRAWS, seed: int = SEED) -> tu
     groups, notes = groups_of(cells)
     curves = []
     for group in groups:
-        paired = pair([group.dense, *group.cells])
+        paired = pair([group.dense, *group.cells], f"{group.rule} at {group.site}")
         notes += paired.notes
         sites = [achieved(cell, table, group.site) for cell, table in zip(_cells(group), paired.tables, strict=True)]
         ffn = group.dense.record["ffn"]

@@ -166,6 +166,18 @@ def test_paradigms_are_paired_only_where_their_groups_are_the_same():
         assert (width(found[0].interval) < 1e-12) == (name == "same")
 
 
+def test_what_the_notes_say_of_items_that_are_left_out():
+    values = np.arange(40.0) + 1
+    cells = [make_cell(0, values, None)]
+    for number, site in enumerate(("input", "up"), start=1):
+        cells.append(make_cell(number, values[: -5 * number], None, sparsity=0.5))
+        cells[-1].record["site"] = site
+    assert curves_of(cells, 10)[1] == [
+        "5 items of t on autoregressive, top_p at input, are not in every cell and are left out",
+        "10 items of t on autoregressive, top_p at up, are not in every cell and are left out",
+    ]
+
+
 def test_what_the_notes_say_of_groups():
     rng = np.random.default_rng(5)
     columns, groups = world(rng, 40)
