@@ -127,11 +127,11 @@ def answers_of(cell: Cell, rule: CellRecord) -> list[Answer]:
     return [own for own in cell.searches if is_of(own, rule)]
 
 
-def is_of(answer: Answer, rule: CellRecord) -> bool:
+def is_of(answer: Answer | CellRecord, rule: CellRecord) -> bool:
     """Tell whether an answer is of the curve that a cell belongs to.
 
     Args:
-        answer: What search.json holds of a curve.
+        answer: What search.json holds of a curve, or the record of a cell that was searched on it.
         rule: Record of the cell; it is not dense.
     """
     return _curve(answer) == _curve(rule)
