@@ -150,7 +150,9 @@ def compared(uniform: Searched, allocated: Searched, index: int) -> Answer:
             goal.profile if goal.items == items and goal.profile else own for goal, own in zip(goals, few, strict=True)
         ]
         value, low, high = _difference([_read(own) for own in found], alike * _from_items(found))
-        how = f"paired on {items:,} items that both searches measured"
+        # the answers stand on other items as well, and their difference may look like another
+        there = " and ".join(f"{100 * own.estimate:.1f}" for own in reversed(found))
+        how = f"paired on {items:,} items that both searches measured, where they reach {there} %"
     else:
         alone = [(own["value"], own["interval"][0], own["interval"][1]) for own in answers]
         value, low, high = _difference(alone, 0.0)

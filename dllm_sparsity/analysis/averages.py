@@ -25,7 +25,7 @@ from dllm_sparsity.analysis.readings import (
     rng_of,
     with_answers,
 )
-from dllm_sparsity.analysis.statistics import SEED
+from dllm_sparsity.analysis.statistics import SEED, binomial_error
 from dllm_sparsity.study.records import Quality
 
 KINDS = ("accuracy", "nll", "loglikelihood", "agreement")
@@ -222,7 +222,9 @@ def _average(
     quality, clusters = _quality(curves), _clusters(curves)
     measured, sparsity = np.mean([_drawn(curve, strengths, seed) for curve in curves], axis=0)
     scale, dense = SCALES[quality["kind"]], float(measured[0, 0])
-    is_above = dense - (quality["chance"] or 0.0) > 2 * float(np.nanstd(measured[1:, 0]))
+    guessing = [binomial_error(curve.quality["chance"] or 0.0, len(curve.keys)) for curve in curves]
+    error = max(float(np.nanstd(measured[1:, 0])), math.hypot(*guessing) / len(curves))
+    is_above = dense - (quality["chance"] or 0.0) > 2 * error
     grouped = "" if all(curve.clusters is None for curve in curves) else f" in {int(clusters.max()) + 1} groups"
     reason = no_reading(quality, dense, is_above, f"n={len(clusters)}{grouped}")
     asked = sorted({*retentions_of([curve.group for curve in curves]), *(own["retention"] for own in answers)})
@@ -233,7 +235,7 @@ def _average(
     by_retention = {own["retention"]: own for own in answers}
     readings = with_answers(readings, by_retention, reason, len(measured) - 1, rng_of(group.dense, seed))
     nothing = [None] * (1 + len(strengths))
-    points = points_of([group.dense, *group.cells], quality, (measured, sparsity), nothing, nothing)
+    points = points_of([group.dense, *group.cells], quality, (measured, sparsity), nothing)
     told = {"value": points[0].quality, "interval": points[0].quality_interval}
     if answers and not strengths:
         told = max(answers, key=lambda own: own["items"])["dense"]

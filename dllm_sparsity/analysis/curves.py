@@ -29,8 +29,7 @@ from dllm_sparsity.analysis.statistics import (
     DRAWS,
     SEED,
     above_chance,
-    mcnemar_exact,
-    paired_error,
+    group_sums,
     percentile_interval,
     resampled_sums,
 )
@@ -53,7 +52,6 @@ class Point:
     retention_interval: Interval
     difference: float
     difference_interval: Interval
-    mcnemar_p: float | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def curves_of(cells: Sequence[Cell], draws: int = DRAWS, seed: int = SEED) -> tu
     groups, notes = groups_of(cells)
     curves = []
     for group in groups:
-        paired = pair([group.dense, *group.cells])
+        paired = pair([group.dense, *group.cells], f"{group.rule} at {group.site}")
         notes += paired.notes
         sites = [achieved(cell, table, group.site) for cell, table in zip(_cells(group), paired.tables, strict=True)]
         ffn = group.dense.record["ffn"]
@@ -183,14 +181,11 @@ def _curve(
     sums = np.concatenate([flat.sum(0)[None], drawn]).reshape(draws + 1, len(values), 4)
     with np.errstate(invalid="ignore", divide="ignore"):
         measured, sparsity = sums[..., 0] / sums[..., 1], 1 - sums[..., 2] / sums[..., 3]
-    exact = [
-        _mcnemar(quality, values[0][0], value[0]) if i and clusters is None else None for i, value in enumerate(values)
-    ]
     reason = no_reading(quality, float(measured[0, 0]), *_above(quality, float(measured[0, 0]), values[0], clusters))
     asked = retentions_of([group])
     readings = readings_of(sparsity, scale.sign * measured, scale.logarithmic, reason, asked)
     readings = _searched(readings, group, quality, reason, draws, seed)
-    points = points_of(_cells(group), quality, (measured, sparsity), flops, exact)
+    points = points_of(_cells(group), quality, (measured, sparsity), flops)
     return Curve(group, quality, keys, points, tuple(readings), (measured, sparsity), clusters)
 
 
@@ -199,7 +194,6 @@ def points_of(
     quality: Quality,
     drawn: Drawn,
     flops: Sequence[float | None],
-    exact: Sequence[float | None],
 ) -> tuple[Point, ...]:
     """Return the points of a curve, dense first and the others by their sparsity.
 
@@ -208,7 +202,6 @@ def points_of(
         quality: The quality.
         drawn: As a curve keeps it.
         flops: Share of the FFN's FLOPs that each cell saves, None where it is not known.
-        exact: McNemar's exact p-value of each cell, None where there is none.
     """
     measured, sparsity = drawn
     retained = SCALES[quality["kind"]].retention(measured, measured[:, :1])
@@ -224,7 +217,6 @@ def points_of(
             retention_interval=percentile_interval(retained[1:, i]),
             difference=float(measured[0, i] - measured[0, 0]),
             difference_interval=percentile_interval(measured[1:, i] - measured[1:, 0]),
-            mcnemar_p=exact[i],
         )
         for i, cell in enumerate(cells)
     ]
@@ -240,18 +232,14 @@ def retentions_of(groups: Sequence[Group]) -> list[float]:
     return sorted({*critical.RETENTIONS, *(own["retention"] for group in groups for own in group.dense.searches)})
 
 
-def _mcnemar(quality: Quality, dense: np.ndarray, sparse: np.ndarray) -> float | None:
-    if quality["kind"] != "accuracy" or not np.isin(np.concatenate([dense, sparse]), (0.0, 1.0)).all():
-        return None
-    return mcnemar_exact(int((dense > sparse).sum()), int((dense < sparse).sum()))
-
-
 def _above(quality: Quality, dense: float, values: Pairs, clusters: np.ndarray | None) -> tuple[bool, str]:
     """Return whether a dense accuracy lies two standard errors above chance, and how many items say so."""
     items, chance = len(values[0]), quality["chance"] or 0.0
     if clusters is None:
         return above_chance(dense, items, chance), f"n={items}"
-    error = paired_error(values, (np.zeros(items), np.ones(items)), clusters)
+    # around chance, as the error of guessing is: around the accuracy it is zero where all is right
+    off = group_sums((values[0] - chance * values[1])[:, None], clusters)
+    error = math.sqrt(float((off**2).sum())) / values[1].sum()
     return dense - chance > 2 * error, f"n={items} in {int(clusters.max()) + 1} groups"
 
 

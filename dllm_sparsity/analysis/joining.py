@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ _OF_AN_ANSWER = (
 )
 
 
+_MOST_TOLD = 6
+_HASH = re.compile("[0-9a-f]{16,}")
+_Difference = tuple[tuple[str, ...], str, Any, Any]
+"""What two runs differ in: what it is about, the field, and both values."""
+
+
 def join(runs: Sequence[Run], path: Path) -> Run:
     """Return the cells of all runs as one run; a cell that several have is there once.
 
@@ -36,14 +43,19 @@ def join(runs: Sequence[Run], path: Path) -> Run:
     Raises:
         UserError: Two runs differ in a package that computes, a seed, a task, or a model of one name.
     """
-    first, search = runs[0], _search(runs)
+    search = _search(runs)
     kept: dict[str, Cell] = {}
     seen: dict[tuple[str, ...], tuple[Run, dict[str, Any]]] = {}
     for run in runs:
+        found: dict[str, list[_Difference]] = {}
         for cell in run.cells:
             for key, fields in _comparable(cell):
-                _same(key, *seen.setdefault(key, (run, fields)), run, fields)
+                before, old = seen.setdefault(key, (run, fields))
+                found.setdefault(before.name, []).extend((key, *own) for own in _differences(old, fields))
             kept.setdefault(cell.record["fingerprint"], cell)
+        for before, differences in found.items():
+            if differences:
+                _refuse(before, run.name, differences)
     answers = search["curves"] if search else []  # whichever dense cell is used, it has those of all runs
     elsewhere = [own for run in runs for cell in run.cells for own in cell.elsewhere]
     return Run(
@@ -53,9 +65,26 @@ def join(runs: Sequence[Run], path: Path) -> Run:
         damaged=tuple(f"{run.name}, {each}" for run in runs for each in run.damaged),
         unfounded=tuple(f"{run.name}, {each}" for run in runs for each in run.unfounded),
         config="\n".join(f"# {run.name}\n{run.config.strip()}\n" for run in runs),
-        environment=first.environment,
+        environment=_together({_label(runs, number): run.environment for number, run in enumerate(runs)}),
         search=search,
     )
+
+
+def _label(runs: Sequence[Run], number: int) -> str:
+    """Return a run's name; with a number where an earlier run of another folder has it too."""
+    again = sum(run.name == runs[number].name for run in runs[:number])
+    return runs[number].name + (f", no. {again + 1}" if again else "")
+
+
+def _together(values: dict[str, Any]) -> Any:
+    """Return what all runs have in common, and under each run's name what they do not."""
+    first, *others = values.values()
+    if all(own == first for own in others):
+        return first
+    if not all(isinstance(own, dict) for own in values.values()):
+        return values
+    names = dict.fromkeys(name for own in values.values() for name in own)
+    return {name: _together({run: own.get(name) for run, own in values.items()}) for name in names}
 
 
 def _search(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -84,24 +113,28 @@ def _comparable(cell: Cell) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
         yield ("draws", record["task"], record["model"]), own
 
 
-def _same(key: tuple[str, ...], one: Run, before: dict[str, Any], other: Run, now: dict[str, Any]) -> None:
-    """Refuse two runs that differ in something, by the name of the field.
+def _refuse(one: str, other: str, found: Sequence[_Difference]) -> None:
+    """Refuse two runs that differ in something: what a person chose is named first, and hashes only as differing.
 
     Raises:
-        UserError: They differ.
+        UserError: Always.
     """
-    difference = next(_differences(before, now), None)
-    if difference is None:
-        return
-    field, old, new = difference
-    about = {"versions": "version of ", "task": f"task {key[-1]}: ", "study": ""}.get(key[0], f"model {key[-1]}: ")
-    if key[0] in ("model", "draws"):
+    told = list(dict.fromkeys(_told(*own) for own in sorted(found, key=lambda own: _is_hashed(*own[2:]))))
+    more = f"; and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
+    if all(own[0][0] in ("model", "draws") for own in found):
         hint = "give one of them another label in its study; different models can be joined"
     else:
         hint = "run one of them again as the other was, or report them one by one"
-    raise UserError(
-        f"{one.name} and {other.name} are not comparable: {about}{field} is {_short(old)} and {_short(new)}", hint
-    )
+    raise UserError(f"{one} and {other} are not comparable: {'; '.join(told[:_MOST_TOLD])}{more}", hint)
+
+
+def _told(key: tuple[str, ...], field: str, old: Any, new: Any) -> str:
+    about = {"versions": "version of ", "task": f"task {key[-1]}: ", "study": ""}.get(key[0], f"model {key[-1]}: ")
+    return f"{about}{field} " + ("differs" if _is_hashed(old, new) else f"is {_short(old)} and {_short(new)}")
+
+
+def _is_hashed(*values: Any) -> bool:
+    return any(isinstance(value, str) and _HASH.fullmatch(value) for value in values)
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

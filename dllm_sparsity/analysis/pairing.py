@@ -36,13 +36,14 @@ class _Source:
     remedy: str
 
 
-def pair(cells: Sequence[Cell]) -> Paired:
+def pair(cells: Sequence[Cell], curve: str = "") -> Paired:
     """Pair the items of cells; the first cell names the filter.
 
     A task with several answer filters has a row for each; the first one in the first cell is used.
 
     Args:
         cells: The dense cell first.
+        curve: Which curve of the task they are of, for the notes.
 
     Raises:
         UserError: An item occurs twice, was another document or another prompt, or nothing is shared.
@@ -56,7 +57,7 @@ def pair(cells: Sequence[Cell]) -> Paired:
         )
         for cell in cells
     ]
-    return _pair(sources, record["task"], f"task {record['task']} on {record['model']}")
+    return _pair(sources, record["task"], f"task {record['task']} on {record['model']}", curve)
 
 
 def pair_tables(tables: Sequence[pa.Table]) -> Paired:
@@ -90,7 +91,7 @@ def item_groups(samples: pa.Table) -> np.ndarray | None:
     return np.array([numbers[label] for label in named], dtype=np.int64) if 1 < len(numbers) < len(named) else None
 
 
-def _pair(sources: Sequence[_Source], task: str, place: str) -> Paired:
+def _pair(sources: Sequence[_Source], task: str, place: str, curve: str = "") -> Paired:
     filters = sources[0].table["filter"].unique().to_pylist()
     chosen = filters[0] if filters else None
     rows = [_rows(source, chosen) for source in sources]
@@ -110,7 +111,8 @@ def _pair(sources: Sequence[_Source], task: str, place: str) -> Paired:
     if len(filters) > 1:
         notes.append(f"{task} has the filters {', '.join(map(str, filters))}; {chosen} is shown")
     if dropped := max(map(len, rows)) - len(shared):
-        notes.append(f"{dropped} items of {place.removeprefix('task ')} are not in every cell and are left out")
+        where = place.removeprefix("task ") + (f", {curve}," if curve else "")
+        notes.append(f"{dropped} items of {where} are not in every cell and are left out")
     return Paired(tuple(shared), tables, tuple(notes))
 
 

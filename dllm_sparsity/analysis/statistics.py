@@ -243,12 +243,24 @@ def smallest_detectable_by_mcnemar(items: int, power: float = 0.8, level: float 
     return high
 
 
+def binomial_error(share: float, items: int) -> float:
+    """Return the standard error of the share of right answers.
+
+    Args:
+        share: The true share.
+        items: Number of items.
+    """
+    return math.sqrt(max(0.0, share * (1 - share)) / max(1, items))
+
+
 def above_chance(accuracy: float, items: int, chance: float) -> bool:
     """Return whether an accuracy lies two binomial standard errors above chance.
+
+    The error is that of guessing, or that of the accuracy, which is zero where all is right; whichever is larger.
 
     Args:
         accuracy: Share of right answers.
         items: Number of items.
         chance: Expected accuracy of guessing.
     """
-    return accuracy - chance > 2 * math.sqrt(max(0.0, accuracy * (1 - accuracy)) / max(1, items))
+    return accuracy - chance > 2 * max(binomial_error(chance, items), binomial_error(accuracy, items))

@@ -16,7 +16,7 @@ from dllm_sparsity.analysis.findings import allocation_findings, findings
 from dllm_sparsity.analysis.loading import Cell, Run
 from dllm_sparsity.analysis.qualities import numbers
 from dllm_sparsity.analysis.speed import speeds
-from dllm_sparsity.analysis.statistics import DRAWS, SEED, holm
+from dllm_sparsity.analysis.statistics import DRAWS, SEED
 from dllm_sparsity.analysis.verdicts import Judged, Verdict, judge
 
 SUMMARY_VERSION = 1
@@ -54,7 +54,7 @@ def summary(run: Run, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
             + allocation_findings(run.search),
             "notes": _notes(run) + notes + told + limits + _further_notes(run),
             "counts": _counts(run),
-            "curves": _with_holm([_curve(*both) for both in zip(curves, judged, strict=True)]),
+            "curves": [_curve(*both) for both in zip(curves, judged, strict=True)],
             "averages": [own.told for own in means],
             "comparisons": [_comparison(pair) for pair in pairs],
             "cells": [_cell(cell) for cell in run.cells],
@@ -158,13 +158,6 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any]:
         "words": verdict.words,
         "short": verdict.short,
     }
-
-
-def _with_holm(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    points = [point for curve in curves for point in curve["points"] if point["mcnemar_p"] is not None]
-    for point, corrected in zip(points, holm([point["mcnemar_p"] for point in points]), strict=True):
-        point["mcnemar_p_holm"] = corrected
-    return curves
 
 
 def _comparison(pair: Comparison) -> dict[str, Any]:

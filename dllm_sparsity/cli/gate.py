@@ -165,7 +165,8 @@ def _number(node: ast.AST, known: Mapping[str, Range | None] | None) -> Range:
         low, high = _number(node.operand, known)
         return -high, -low
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return (float(node.value),) * 2  # pyright: ignore[reportArgumentType]
+        value = float(node.value)  # pyright: ignore[reportArgumentType]
+        return value, value
     name = ".".join(_path(node))
     if known is None:
         return 0.0, 0.0
@@ -175,10 +176,10 @@ def _number(node: ast.AST, known: Mapping[str, Range | None] | None) -> Range:
             f"the summary has no {name}{did_you_mean(name, list(known))}",
             f"nearest are {', '.join(near)}; .low and .high are the interval's ends",
         )
-    value = known[name]
-    if value is None:
+    place = known[name]
+    if place is None:
         raise UserError(f"{name} is not known in this run", "the report says why; choose another name")
-    return value
+    return place
 
 
 def _path(node: ast.AST) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -144,6 +145,8 @@ def test_the_paired_difference_is_that_of_the_shared_items():
     first, second = search(world, lambda s: [s, s], width=0.05), search(world, lambda s: [s, s], width=0.01)
     told = compared(first, second, 0)
     assert told["items"] == min(own.search.goals[0].items for own in (first, second))
+    both = re.search(r"where they reach (\d+\.\d) and (\d+\.\d) %\)", told["words"])
+    assert float(both[1]) - float(both[2]) == pytest.approx(100 * told["value"], abs=0.11)
     assert abs(told["value"]) < 0.02
 
 

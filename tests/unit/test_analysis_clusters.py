@@ -147,11 +147,11 @@ def test_right_or_wrong_in_groups_is_not_taken_for_more_than_it_is():
     right = np.repeat([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], 10)
     alone, whole = (make_curve([right, right], own, 200, quality=ACC) for own in (None, groups))
     assert alone.readings[0].reason is None
+    all_right = make_curve([right * 0 + 1] * 2, groups // 3, 200, quality=ACC)  # three passages of 80 items
+    assert "n=80 in 3 groups" in all_right.readings[0].reason
     assert whole.readings[0].reason == (
         "dense accuracy 50.0% is not two standard errors above chance (25.0%, n=80 in 8 groups)"
     )
-    assert alone.points[1].mcnemar_p == 1.0
-    assert whole.points[1].mcnemar_p is None  # it takes items as independent
 
 
 def test_paradigms_are_paired_only_where_their_groups_are_the_same():
@@ -164,6 +164,18 @@ def test_paradigms_are_paired_only_where_their_groups_are_the_same():
         found = comparisons([first, second], (RETENTION,))
         assert [pair.paired for pair in found] == [name == "same"]
         assert (width(found[0].interval) < 1e-12) == (name == "same")
+
+
+def test_what_the_notes_say_of_items_that_are_left_out():
+    values = np.arange(40.0) + 1
+    cells = [make_cell(0, values, None)]
+    for number, site in enumerate(("input", "up"), start=1):
+        cells.append(make_cell(number, values[: -5 * number], None, sparsity=0.5))
+        cells[-1].record["site"] = site
+    assert curves_of(cells, 10)[1] == [
+        "5 items of t on autoregressive, top_p at input, are not in every cell and are left out",
+        "10 items of t on autoregressive, top_p at up, are not in every cell and are left out",
+    ]
 
 
 def test_what_the_notes_say_of_groups():

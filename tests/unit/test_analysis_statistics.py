@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -82,6 +84,13 @@ def test_above_chance():
     assert not above_chance(0.27, 100, 0.25)
     assert above_chance(0.40, 100, 0.25)
     assert not above_chance(0.0, 100, 0.0)
+    assert not above_chance(0.01, 100, 0.0)  # one right answer in a hundred, where guessing gives none
+    assert not above_chance(1.0, 1, 0.5)  # the accuracy's own error is zero there
+    assert not above_chance(1.0, 2, 0.5)
+    for items in (3, 10, 80):
+        least = 0.5 + 2 * math.sqrt(0.25 / items)
+        assert not above_chance(min(1.0, least - 0.01), items, 0.5)
+        assert above_chance(least + 0.01, items, 0.5) or least >= 1
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 10, 99, 5000, 10**6])

@@ -166,6 +166,14 @@ def test_kinds_are_averaged_apart_and_told_apart():
     assert [own["tasks"] for own in found] == [("c", "d"), ("a", "b")]
 
 
+def test_all_right_on_a_handful_of_items_is_no_more_than_luck():
+    chance = {**ACC, "chance": 0.5}
+    for items, is_told in ((2, False), (8, True)):  # two standard errors of guessing are 0.5 and 0.25
+        cells = [cells_of(task, [right(1.0, items)] * 3, (0.0, 0.2, 0.4), chance) for task in "ab"]
+        (entry,), _ = average(*cells)
+        assert (read(entry, retention=0.95)["reason"] is None) is is_told
+
+
 def test_only_strengths_that_all_tasks_have_count():
     columns, sparsities = [[3.0] * 4, [3.1] * 4, [3.2] * 4, [3.3] * 4], (0.0, 0.2, 0.4, 0.6)
     first = cells_of("a", columns, sparsities)

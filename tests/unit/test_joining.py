@@ -72,10 +72,18 @@ def test_the_report_of_both_has_the_curves_of_both(runs, tmp_path, monkeypatch):
     [
         (lambda parts: parts["versions"].update(torch="1.0"), "version of torch is"),
         (lambda parts: parts.update(seed=7), "seed is 0 and 7"),
-        (lambda parts: parts["task"].update(documents="0"), "task tiny_choice: task.documents is"),
+        (lambda parts: parts["task"].update(documents="0"), "task tiny_choice: task.documents differs"),
         (lambda parts: parts.update(num_fewshot=5), "task tiny_choice: num_fewshot is not given and 5"),
         (lambda parts: parts["model"].update(dtype="bfloat16"), "model ar: model.dtype is float32 and bfloat16"),
-        (lambda parts: parts["weights"].update({"model.safetensors": "0"}), "model ar: weights.model.safetensors is"),
+        (
+            lambda parts: parts["weights"].update({"model.safetensors": "0"}),
+            "model ar: weights.model.safetensors differs",
+        ),
+        (
+            lambda parts: (parts["task"].update(documents="0" * 16), parts.update(limit=30, seed=7)),
+            "comparable: seed is 0 and 7; task tiny_choice: limit is 4 and 30; task tiny_choice: task.documents"
+            " differs",
+        ),
     ],
 )
 def test_what_is_not_comparable_is_named(runs, tmp_path, change, field):
@@ -84,6 +92,29 @@ def test_what_is_not_comparable_is_named(runs, tmp_path, change, field):
         join([load(runs / "one"), load(other)], tmp_path)
     assert field in error.value.message
     assert error.value.message.startswith("one and changed are not comparable: ")
+
+
+def test_where_the_runs_were_on_other_machines_both_are_told(runs, tmp_path, monkeypatch):
+    other = changed(runs, tmp_path, lambda parts: None)
+    path = other / "environment.json"
+    environment = json.loads(path.read_text())
+    own = environment | {"cpus": 1, "gpu": [{"name": "some GPU", "driver": "1.2"}]}
+    own["packages"] = environment["packages"] | {"plotly": "0.0"}
+    path.write_text(json.dumps(own))
+    (tmp_path / "again").mkdir()
+    other = other.rename(tmp_path / "again" / "one")
+    found = join([load(runs / "one"), load(other)], tmp_path).environment
+    assert found["python"] == environment["python"]
+    assert found["cpus"] == {"one": environment["cpus"], "one, no. 2": 1}
+    assert found["gpu"] == {"one": None, "one, no. 2": own["gpu"]}
+    assert found["packages"]["torch"] == environment["packages"]["torch"]
+    assert found["packages"]["plotly"] == {"one": environment["packages"]["plotly"], "one, no. 2": "0.0"}
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(report, [str(runs / "one"), str(other)], catch_exceptions=False)
+    assert done.exit_code == 0
+    page = (tmp_path / "runs/one/report.html").read_text()
+    assert "some GPU" in page
+    assert "packages.plotly.one, no. 2" in page
 
 
 def test_a_report_of_several_is_not_written_into_a_run(runs):
