@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dllm_sparsity.errors import UserError
@@ -16,8 +17,9 @@ from dllm_sparsity.study.check import BYTES, check_study
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.cost import Costs, costs, disk_bytes
 from dllm_sparsity.study.dry_search import expect, like_a_search, unsearchable
+from dllm_sparsity.study.fetch import check_weights
 from dllm_sparsity.study.models import choose_device, open_backend, resolve
-from dllm_sparsity.study.offline import missing_files
+from dllm_sparsity.study.offline import missing_files, why_not_loaded
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
 from dllm_sparsity.study.workload import Workload, make_planner, workload
 
@@ -108,7 +110,7 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
     import torch
 
     tell("checking the study")
-    checked = check_study(config)
+    checked = check_study(config, here=True)
     problems, notes = list(checked.problems), list(checked.notes)
     tasks: dict[TaskSpec, list[LoadedTask] | UserError] = {}
     for spec in config.tasks:
@@ -116,7 +118,14 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
         try:
             tasks[spec] = load_tasks(spec, config.seed)
         except UserError as error:
-            tasks[spec] = error
+            tasks[spec] = why = why_not_loaded(spec, error)
+            _say(problems, why)
+    for model in config.models:
+        try:
+            if Path(resolve(model.model)).is_dir():  # check may be given a folder without weights, a run may not
+                check_weights(model)
+        except UserError as error:
+            _say(problems, error, f"{model.name}: ")
     problems += unsearchable(config, _loaded(tasks), problems)
     cells = plan.expand(config)
     device = choose_device(config.device)
@@ -128,6 +137,12 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
     if config.search is not None:
         notes.append(expected.words(config.search, len(_loaded(tasks)) > 1))
     return found
+
+
+def _say(problems: list[str], error: UserError, where: str = "") -> None:
+    """Add a problem that was not seen before."""
+    if not any(error.message in own for own in problems):
+        problems.append(f"{where}{error.message}; {error.hint}")
 
 
 def _model(

@@ -274,6 +274,36 @@ def test_a_folder_that_is_not_whole_is_noted(tmp_path, material):
     assert found.models[0].lacking is None
 
 
+def test_data_that_is_not_here_is_noted(run, tmp_path, monkeypatch):
+    from datasets import DatasetInfo
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "data"))
+    path = tmp_path / "study.yaml"
+    names = ("piqa", "arc_easy", "squadv2", "easy_endings")
+    path.write_text(yaml.safe_dump(study(tasks=[{"name": name} for name in names])))
+    code, out, _ = run("check", path)
+    said = " ".join(out.split())
+    assert code == 0
+    assert "files of models: on this machine" in said
+    assert "note: the data of task piqa, arc_easy is not on this machine, and the hub is not asked offline" in said
+    assert "note: the data of task squadv2 was not looked for: code of its own gets it" in said
+    for place, name in (("baber___piqa", "default"), ("allenai___ai2_arc", "ARC-Easy")):
+        folder = tmp_path / "data" / place / name / "0.0.0" / "0123"
+        folder.mkdir(parents=True)
+        DatasetInfo(config_name=name).write_to_directory(str(folder))
+    assert "is not on this machine" not in run("check", path)[1]
+
+
+def test_offline_data_that_is_not_here_is_a_problem_of_its_task(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "data"))
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study(tasks=[{"name": "piqa"}, {"name": "arc_esy"}])))
+    code, out, _ = run("check", path, "--offline")
+    assert code == 1
+    assert "problem: the data of task piqa is not on this machine" in out
+    assert out.count("arc_esy") == 2  # what is wrong with it, once as typed and once suggested
+
+
 def test_weights_that_do_not_fit_are_noted(monkeypatch):
     found = check.check_study(build_config(study()), here=True)
     assert (found.notes, found.models[0].lacking) == ((), 0)

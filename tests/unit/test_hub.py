@@ -246,10 +246,27 @@ def test_check_of_a_hub_that_does_not_answer_says_what_is_not_known(hub, materia
     assert "the hub was not reached: whether it gives Llama-3.1-8B to you is not known" in found.notes
 
 
-def test_pickles_alone_are_refused(hub, material):
-    hub.add("old/model", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-    with pytest.raises(UserError, match="no safetensors weights; pickles are never downloaded"):
-        fetch.needs(study("old/model", material))
+def test_pickles_alone_are_refused_alike_everywhere(hub, material, tmp_path, capfd):
+    from dllm_sparsity import compare
+    from dllm_sparsity.lm.registered import check
+    from dllm_sparsity.study.dry_run import dry_run
+
+    config = (material / "ar" / "config.json").read_bytes()
+    hub.add("old/model", {"config.json": config, "pytorch_model.bin": b"pickle"})
+    asked = study("old/model", material)
+    refusal = "old/model has no safetensors weights; pickles are never loaded"
+    for found in (check_study(asked, here=True), dry_run(asked)):
+        assert sum(refusal in line for line in found.problems) == 1
+    for refuse in (
+        lambda: fetch.needs(asked),
+        lambda: compare(asked, tmp_path / "run"),
+        lambda: check("autoregressive", {"pretrained": "old/model"}),
+    ):
+        with pytest.raises(UserError) as error:
+            refuse()
+        assert error.value.message == refusal
+    assert not (tmp_path / "run").exists()
+    assert "Fetching" not in capfd.readouterr().err  # nothing is
 
 
 def test_an_interrupted_download_goes_on(served, material, tmp_path, monkeypatch):
