@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import UserError, shorten
 from dllm_sparsity.lm.hub import check_exists, no_safetensors
 
 _LOAD_ERRORS = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError, AssertionError)
@@ -150,7 +150,7 @@ def _load_error(source: ModelSource, error: Exception) -> UserError:
         return UserError(f"{source.model} runs code of its own", "read it, then add --trust-remote-code")
     if "safetensors" in text and "no file named" in text:
         return no_safetensors(source.model)
-    return UserError(f"cannot load {source.model}: {text[:200]}", "DLLM_SPARSITY_DEBUG=1 shows where it failed")
+    return UserError(f"cannot load {source.model}: {shorten(text)}", "DLLM_SPARSITY_DEBUG=1 shows where it failed")
 
 
 @torch.no_grad()

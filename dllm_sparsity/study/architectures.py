@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import UserError, shorten
 from dllm_sparsity.lm.hub import FETCH_FIRST, check_exists, is_hub_there
 from dllm_sparsity.study.cached import missing_code
 
@@ -143,7 +143,7 @@ def build(architecture: Architecture, trust_remote_code: bool = False) -> nn.Mod
     except UserError:
         raise
     except Exception as error:  # whatever a configuration or a model's own code does, users get two lines
-        why = " ".join(str(error).split())[:160]
+        why = shorten(error)
         raise UserError(
             f"{architecture.model} cannot be built from its configuration: {type(error).__name__}: {why}",
             "look at its config.json; a newer transformers may know it",

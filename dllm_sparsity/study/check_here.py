@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import UserError, shorten
 from dllm_sparsity.lm.hub import FETCH_FIRST, is_hub_there, no_safetensors, why_no_hub
 from dllm_sparsity.lm.loading import find_device
 from dllm_sparsity.study.config import ModelConfig, StudyConfig
@@ -77,7 +77,7 @@ def local_tokenizer(model: ModelConfig) -> Any:
     except (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError) as error:
         if not Path(name).expanduser().is_dir():  # the cache may hold some of its files
             return None
-        why = " ".join(str(error).split())[:160]
+        why = shorten(error)
         raise UserError(f"its tokenizer cannot be loaded: {why}", "look at the folder") from error
 
 

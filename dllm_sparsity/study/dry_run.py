@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import UserError, shorten
 from dllm_sparsity.families import find_ffns
 from dllm_sparsity.study import expected, plan, probe
 from dllm_sparsity.study.architectures import build, find_architecture
@@ -253,7 +253,7 @@ def _probe(model: ModelConfig, made: list, config: StudyConfig, found: DryRun, t
             probe.forget_peak(found.device)
             lm = open_backend(model, config.device, config.seed)
         except (UserError, RuntimeError, MemoryError) as error:  # a GPU that is too small raises RuntimeError
-            why = " ".join(str(getattr(error, "message", error)).split())[:160]
+            why = shorten(getattr(error, "message", error))
     for part, cells, batches in made:
         part.no_probe = why
         if lm is None or not batches:
@@ -270,4 +270,4 @@ def _probe(model: ModelConfig, made: list, config: StudyConfig, found: DryRun, t
             part.seconds = sum(each) / len(each) * (part.cells * part.work.forwards + searched)
             part.measured_peak = probe.peak_bytes(found.device)
         except (UserError, RuntimeError) as error:
-            part.no_probe = " ".join(str(getattr(error, "message", error)).split())[:160]
+            part.no_probe = shorten(getattr(error, "message", error))

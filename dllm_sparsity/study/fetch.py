@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import UserError, shorten
 from dllm_sparsity.lm.hub import check_exists, hub_error, is_hub_there, no_safetensors
 from dllm_sparsity.study.cached import code_elsewhere
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
@@ -137,7 +137,7 @@ def _hub(download: Any, part: _Part, **more: Any) -> Any:
     except HfHubHTTPError as error:
         raise hub_error(part.repo, part.revision, error) from error
     except Exception as error:  # a full disk, or the errors of whatever library the hub's client speaks through
-        why = " ".join(str(error).split())[:160]
+        why = shorten(error)
         if more.get("dry_run"):
             raise UserError(f"the hub could not be asked about {part.repo}: {why}", "try again") from error
         raise UserError(

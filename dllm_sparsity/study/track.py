@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from dllm_sparsity.errors import UserError, did_you_mean
+from dllm_sparsity.errors import UserError, did_you_mean, shorten
 from dllm_sparsity.study.config import StudyConfig
 from dllm_sparsity.study.offline import is_offline
 
@@ -187,7 +187,7 @@ class Tracking:
                 call(*arguments)
         except Exception as error:
             who = self._named if isinstance(self._named, str) else type(self._tracker).__name__
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            said = shorten(f"{type(error).__name__}: {error}")
             self._named = self._tracker = None
             self._said = f"{who} failed, the study goes on without it: {said}"
 
