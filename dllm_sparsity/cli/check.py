@@ -97,7 +97,9 @@ def _render(path: str, found: StudyCheck | UserError) -> Iterator[Any]:
         ("files of models", _files),
     ):
         yield from (Text(f"{label}: {line}") for line in _grouped(found.models, value))
-    yield Text(f"acted on: {', '.join(found.sites)}; {found.cells:,} cells")
+    cells = [f"{found.cells:,} cells"] if found.cells or not found.searches else []
+    cells += ["the search chooses its cells"] if found.searches else []
+    yield Text(f"acted on: {', '.join(found.sites)}; {', and '.join(cells)}")
     for note in found.notes:
         yield Text(f"note: {note}")
     for problem in found.problems:

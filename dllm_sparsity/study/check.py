@@ -67,11 +67,12 @@ class StudyCheck:
 
     Args:
         name: Of the study.
-        cells: Cells it plans; a task that is a group counts once.
+        cells: Cells it plans, without those of searches; a task that is a group counts once.
         sites: Sites that its rules act on, as asked for.
         models: Its models, in its order.
         problems: What has to be put right, one line each.
         notes: What is worth knowing.
+        searches: Whether a search chooses cells on top.
     """
 
     name: str
@@ -80,6 +81,7 @@ class StudyCheck:
     models: tuple[ModelCheck, ...]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    searches: bool = False
 
 
 def check_study(config: StudyConfig, here: bool = False, data: bool = False) -> StudyCheck:
@@ -100,7 +102,7 @@ def check_study(config: StudyConfig, here: bool = False, data: bool = False) -> 
     for rule in config.rules:
         _check_rule(rule, problems)
     said, lengths, scored = check_tasks(config.tasks)
-    problems += [*said, *search_ahead(config.search, config.tasks)]
+    problems += [*said, *search_ahead(config, notes)]
     for model in config.models:
         if model.pipeline == "diffusion_gemma":
             problems += [
@@ -113,7 +115,8 @@ def check_study(config: StudyConfig, here: bool = False, data: bool = False) -> 
         check_data(config, problems, notes)
     asked = tuple(dict.fromkeys(site for rule in config.rules for site in rule.sites))
     distinct = tuple(dict.fromkeys(problems))
-    return StudyCheck(config.name, len(plan.expand(config)), asked, models, distinct, tuple(dict.fromkeys(notes)))
+    planned, told = len(plan.expand(config)), tuple(dict.fromkeys(notes))
+    return StudyCheck(config.name, planned, asked, models, distinct, told, config.search is not None)
 
 
 def _line(where: str, error: UserError) -> str:

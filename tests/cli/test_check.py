@@ -408,6 +408,26 @@ def test_a_budget_that_ends_before_an_answer_is_refused():
         check_search(SearchConfig(quality="foo"), [task])
 
 
+def test_check_refuses_a_budget_as_the_run_does_and_leaves_the_cells_to_the_search(run, tmp_path):
+    path = tmp_path / "study.yaml"
+    fields = study(tasks=[{"name": "easy_endings", "limit": 100}], search={"budget": 60}, rules=[{"name": "top_p"}])
+    path.write_text(yaml.safe_dump(fields))
+    code, out, _ = run("check", path)
+    assert code == 1
+    assert "problem: search.budget is 60, and the smallest search on easy_endings takes 128" in out
+    assert "; the search chooses its cells" in out
+    assert "0 cells" not in out
+    assert run("compare", path, "--dry-run")[1].count("the smallest search on easy_endings takes 128") == 1
+    fields["tasks"][0]["limit"] = 30
+    path.write_text(yaml.safe_dump(fields))
+    assert run("check", path)[0] == 0
+    fields["tasks"][0]["name"] = "piqa"
+    path.write_text(yaml.safe_dump(fields))
+    code, out, _ = run("check", path)
+    assert code == 0
+    assert "whether search.budget is enough for task piqa was not looked at" in " ".join(out.split())
+
+
 def test_keys_that_an_anchor_brings_along_are_not_given_twice(tmp_path):
     (tmp_path / "study.yaml").write_text(
         "name: a\nrules:\n- &one {name: top_p, sites: [up], strengths: [0.9]}\n- &two {<<: *one, strengths: [0.8]}\n"
