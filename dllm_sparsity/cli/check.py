@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dllm_sparsity.cli.naming import named
 from dllm_sparsity.cli.silence import silence
 from dllm_sparsity.errors import UserError
 
@@ -54,7 +56,8 @@ def check(context: click.Context, configs: tuple[Path, ...], offline: bool, as_j
             if number:
                 console.print()
             for part in _render(path, each):
-                console.print(part, soft_wrap=str(part).startswith(_PROBLEM))  # one line for each, whatever its length
+                is_problem = str(part).startswith(_PROBLEM)  # off a terminal one line for each, whatever its length
+                console.print(part, soft_wrap=is_problem and not console.is_terminal)
     if bad:
         context.exit(1)
 
@@ -71,7 +74,9 @@ def _check(path: Path, alone: bool) -> StudyCheck | UserError:
         return error
     from dllm_sparsity.study.check import check_study
 
-    return check_study(config, here=True, data=True)
+    found = check_study(config, here=True, data=True)
+    problems, notes = (tuple(named(line, path) for line in own) for own in (found.problems, found.notes))
+    return replace(found, problems=problems, notes=notes)
 
 
 def _plain(found: StudyCheck | UserError) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dllm_sparsity.errors import UserError
 
 FETCH = "dllm-sparsity fetch CONFIG"
+"""As messages have it; the command line, which knows the study's file, puts its name in."""
 FETCH_FIRST = f"with a network, first: {FETCH}"
 _PATIENCE_SECONDS, _VALID_SECONDS = 5, 60
 _answers: dict[str, tuple[bool, float]] = {}

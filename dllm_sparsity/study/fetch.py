@@ -29,7 +29,7 @@ class Need:
 
     Args:
         kind: model or task.
-        name: Hub id or folder of a model; name of a task.
+        name: Of a model as it was given, or of a task.
         source: What is downloaded: hub ids of a model and its code, data sets of a task; empty where nothing is.
         files: Files that are missing; 0 for a task.
         missing: Bytes that are missing; None where that is not known before.
@@ -90,7 +90,7 @@ def fetch(config: StudyConfig, need: Need) -> None:
     from huggingface_hub import snapshot_download
 
     for model in distinct(config.models):
-        if resolve(model.model) == need.name:
+        if model.model == need.name:
             for part in _parts(model):
                 _hub(snapshot_download, part)
 
@@ -167,7 +167,7 @@ def model_need(model: ModelConfig) -> Need:
     here = [] if name in files else [path.stat().st_size for path in Path(name).rglob("*") if path.is_file()]
     return Need(
         "model",
-        name,
+        model.model,
         ", ".join(repo for repo, own in absent.items() if own),
         sum(map(len, absent.values())),
         sum(file.file_size or 0 for own in absent.values() for file in own),

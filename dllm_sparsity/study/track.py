@@ -1,4 +1,4 @@
-"""Tell an experiment tracker of a study: each cell when it is sealed, and what the study found. Imports no tracker."""
+"""Tell an experiment tracker of a study: each cell when it is sealed, and what the study found."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def check_tracker(name: str) -> None:
         name: One of `TRACKERS`.
 
     Raises:
-        UserError: There is no such tracker, it is not installed, or it would use a network that is not to be used.
+        UserError: There is no such tracker, it cannot be imported, or it would use a network that is not to be used.
     """
     if name not in TRACKERS:
         raise UserError(f"unknown tracker {name!r}{did_you_mean(name, TRACKERS)}", f"there are: {', '.join(TRACKERS)}")
@@ -208,3 +208,9 @@ def check_tracker(name: str) -> None:
     sends = next((variable for variable in _SENDS if os.environ.get(variable)), None)
     if name == "trackio" and sends and is_offline():
         raise UserError(f"trackio would send to {os.environ[sends]}, and the study is offline", f"unset {sends}")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            import_module(name)
+    except Exception as error:  # whatever its own imports raise
+        why = shorten(f"{type(error).__name__}: {error}")
+        raise UserError(f"{name} cannot be imported: {why}", f"pip install -U '.[{name}]'") from error

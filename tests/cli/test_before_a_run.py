@@ -110,7 +110,7 @@ def test_what_is_missing_offline_is_named_before_a_weight_is_read(run, path, tmp
     assert code == 1
     assert "nobody/nothing is not on this machine: config.json, model.safetensors, its tokenizer" in err
     assert "the data of task piqa is not on this machine" in err
-    assert "dllm-sparsity fetch CONFIG" in err
+    assert f"dllm-sparsity fetch {path}" in err
     assert not (tmp_path / "runs").exists()
     code, out, _ = run("check", path, "--offline")
     assert code == 1
@@ -128,6 +128,7 @@ def test_a_dry_run_offline_refuses_what_the_run_refuses(run, path, material, tmp
     assert code == 1
     assert out.count("piqa is not on this machine") == 1
     assert "problem: the data of task piqa is not on this machine; with a network, first: dllm-sparsity fetch" in out
+    assert f"fetch {path}" in out
     assert "cannot be loaded" not in out
     assert "to run it" not in out
     code, out, _ = run("compare", path, "--dry-run")

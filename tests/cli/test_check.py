@@ -1,6 +1,7 @@
 """dllm-sparsity check: what it shows, what it finds wrong, and that it reads no weight."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,17 @@ def test_each_problem_is_one_line_and_the_exit_code_is_one(run, tmp_path):
     assert any("did you mean easy_endings?; list them with: dllm-sparsity ls tasks" in line for line in lines)
     assert out.splitlines()[-3:] == lines
     assert "OK" not in out.splitlines()
+
+
+def test_problems_are_wrapped_on_a_terminal_alone(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(study(tasks=[{"name": "easy_ending"}])))
+    assert max(map(len, run("check", path)[1].splitlines())) > 80
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = re.sub(r"\x1b\[[0-9;]*m", "", run("check", path)[1])
+    assert "problem: " in out
+    assert max(len(line) for line in out.splitlines() if line != str(path)) <= 80
 
 
 def test_a_study_that_cannot_be_read_is_two_lines(run, tmp_path):
@@ -449,6 +461,7 @@ def test_keys_that_an_anchor_brings_along_are_not_given_twice(tmp_path):
         ("models: [{model: m, model: n}]\n", "model is given twice, again in line 1"),
         ("models: []\n", "models: give at least 1"),
         ("search: true\n", "search: give fields, each as name: value"),
+        ("search: {retentions: [99]}\n", "between 0 and 1; for 99 % give 0.99"),
         ("rules: top_p\n", "rules: give a list, such as [a, b]"),
         ("rules: [{name: top_p}]\n", "the whole: give each rule at least one of strengths"),
     ],

@@ -25,6 +25,7 @@ BAD = [
     (["--ar", AR, "--strength", "1.5"], "strength 1.5 is out of range for TopP", "[0, 1]"),
     (["--ar", AR, "--strength", "1"], "is its dense setting", "every study runs dense"),
     (["--ar", AR, "--rule", "top_k"], "no strength given for rule top_k", "--strength"),
+    (["--grid", "paper", "--rule", "top_k"], "--grid paper is a grid of top_p, and the study has top_k", "leave that"),
     (["--diffusion", DM, "--sampler", "low_confidance"], "did you mean low_confidence?", "ls samplers"),
     (["--diffusion", DM, "--confidence-threshold", "0.5"], "has no confidence threshold", "confidence_threshold"),
     (["--diffusion", AR, "--text", "{text}"], "is a causal model, it cannot be used as a diffusion model", "--ar"),

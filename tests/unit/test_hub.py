@@ -299,6 +299,11 @@ def test_an_index_names_the_shards_that_are_needed(tmp_path):
     assert offline.missing_files(model) == ["two.safetensors"]
 
 
+def test_embedded_models_go_by_their_name(material):
+    config = study("embedded:autoregressive", material)
+    assert fetch.needs(config)[0].name == "embedded:autoregressive"
+
+
 def test_the_command_downloads_nothing_on_a_dry_run(served, material, tmp_path):
     import yaml
     from click.testing import CliRunner
