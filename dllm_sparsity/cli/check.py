@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dllm_sparsity.cli.naming import named
 from dllm_sparsity.cli.silence import silence
 from dllm_sparsity.errors import UserError
 
@@ -33,7 +35,7 @@ def check(context: click.Context, configs: tuple[Path, ...], offline: bool, as_j
 
     Of models that are not on this machine it asks the hub whether you may have them, and how much there is to
     download for the disk that is there. It compares the weights with the memory, and looks for a mask token, and for
-    a chat template where a task asks for one.
+    a chat template where a task asks for one. Whether the data of the tasks is on this machine is noted.
 
     Exit code 0 when all is well; 1 otherwise, with one line for each problem.
     """
@@ -42,7 +44,7 @@ def check(context: click.Context, configs: tuple[Path, ...], offline: bool, as_j
 
         go_offline()  # before a library of the hub is imported
     with silence():
-        found = {str(path): _check(path, len(configs) == 1, offline) for path in configs}
+        found = {str(path): _check(path, len(configs) == 1) for path in configs}
     bad = any(isinstance(each, UserError) or each.problems for each in found.values())
     if as_json:
         click.echo(json.dumps({path: _plain(each) for path, each in found.items()}, allow_nan=False))
@@ -54,12 +56,13 @@ def check(context: click.Context, configs: tuple[Path, ...], offline: bool, as_j
             if number:
                 console.print()
             for part in _render(path, each):
-                console.print(part, soft_wrap=str(part).startswith(_PROBLEM))  # one line for each, whatever its length
+                is_problem = str(part).startswith(_PROBLEM)  # off a terminal one line for each, whatever its length
+                console.print(part, soft_wrap=is_problem and not console.is_terminal)
     if bad:
         context.exit(1)
 
 
-def _check(path: Path, alone: bool, offline: bool) -> StudyCheck | UserError:
+def _check(path: Path, alone: bool) -> StudyCheck | UserError:
     """Check one file; of several, one that cannot be read does not hide what the others are."""
     from dllm_sparsity.study.config import read_config
 
@@ -71,14 +74,9 @@ def _check(path: Path, alone: bool, offline: bool) -> StudyCheck | UserError:
         return error
     from dllm_sparsity.study.check import check_study
 
-    found = check_study(config, here=True)
-    if offline:
-        from dataclasses import replace
-
-        from dllm_sparsity.study.offline import missing
-
-        found = replace(found, problems=(*found.problems, *missing(config)))
-    return found
+    found = check_study(config, here=True, data=True)
+    problems, notes = (tuple(named(line, path) for line in own) for own in (found.problems, found.notes))
+    return replace(found, problems=problems, notes=notes)
 
 
 def _plain(found: StudyCheck | UserError) -> dict[str, Any]:
@@ -101,15 +99,17 @@ def _render(path: str, found: StudyCheck | UserError) -> Iterator[Any]:
     for label, value in (
         ("sites on every layer", _sites),
         ("configuration", lambda model: model.source),
-        ("files", _files),
+        ("files of models", _files),
     ):
         yield from (Text(f"{label}: {line}") for line in _grouped(found.models, value))
-    yield Text(f"acted on: {', '.join(found.sites)}; {found.cells:,} cells")
+    cells = [f"{found.cells:,} cells"] if found.cells or not found.searches else []
+    cells += ["the search chooses its cells"] if found.searches else []
+    yield Text(f"acted on: {', '.join(found.sites)}; {', and '.join(cells)}")
     for note in found.notes:
         yield Text(f"note: {note}")
     for problem in found.problems:
         yield Text(f"{_PROBLEM}{problem}", style="red")
-    if any(model.lacking != 0 and model.source not in (None, "folder") for model in found.models):
+    if any(model.ok and model.lacking != 0 and model.source != "folder" for model in found.models):
         yield Text(f"to fetch what is missing: dllm-sparsity fetch {path}")
     if not found.problems:
         yield Text("OK", style="green")
@@ -122,6 +122,8 @@ def _files(model: ModelCheck) -> str | None:
         return "on this machine"
     if model.source == "folder":
         return "not all in the folder"
+    if not model.ok and model.lacking is None:
+        return None  # why not is a problem
     return "to be fetched" if model.lacking is None else f"{model.lacking / 1e9:.1f} GB to be fetched"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dllm_sparsity.cli.naming import names_config
 from dllm_sparsity.errors import UserError
 
 _MODEL_OPTIONS = ("dtype", "batch_size", "stack", "revision", "trust_remote_code")
@@ -64,6 +65,7 @@ def _mc(context: click.Context, parameter: click.Parameter, value: str | None) -
 @click.option("--dry-run", is_flag=True, help="Say what it would take; run and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object instead of a table.")
 @click.pass_context
+@names_config
 def compare(
     context: click.Context,
     config: Path | None,
@@ -104,7 +106,7 @@ def compare(
         from dllm_sparsity.cli.dry_run import dry_run as show
         from dllm_sparsity.study.config import build_config
 
-        context.exit(0 if show(build_config(study), as_json, who, gate, track) else 1)
+        context.exit(0 if show(build_config(study), config, as_json, who, gate, track) else 1)
     if offline:
         from dllm_sparsity.cli.silence import silence
         from dllm_sparsity.study.config import build_config
@@ -209,7 +211,7 @@ def _rules(rules: list[dict[str, Any]], given: dict[str, Any]) -> list[dict[str,
     names = given.get("rule") or ("top_p",)
     if not {"rule", "site", "strength"} & set(given):
         return rules
-    if "strength" not in given and names != ("top_p",):
+    if not {"strength", "grid"} & set(given) and names != ("top_p",):  # of a grid for other rules, it is said why not
         raise UserError(f"no strength given for rule {names[0]}", "add --strength X, once for each value")
     strengths = given.get("strength") or tuple(rules[0]["strengths"])
     sites = given.get("site") or ("input", "intermediate")

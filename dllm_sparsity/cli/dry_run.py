@@ -6,11 +6,13 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dllm_sparsity.cli.dry_run_table import duration, short, table
+from dllm_sparsity.cli.naming import named
 
 if TYPE_CHECKING:
     from dllm_sparsity.cli.gate import Gate
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
 SPARSITIES = (0.25, 0.5, 0.75, 0.9)
 
 
-def dry_run(config: StudyConfig, as_json: bool, engine: Engine, gate: Gate | None, track: str | None) -> bool:
+def dry_run(
+    config: StudyConfig, path: Path | None, as_json: bool, engine: Engine, gate: Gate | None, track: str | None
+) -> bool:
     """Print what a study would take.
 
     Args:
         config: The study.
+        path: Its file, where it was given as one.
         as_json: Print one JSON object instead of tables.
         engine: Who is to answer.
         gate: The condition of --fail-if, or None.
@@ -48,6 +53,7 @@ def dry_run(config: StudyConfig, as_json: bool, engine: Engine, gate: Gate | Non
     workers = workers_ahead(engine, config, len(stack_sizes(expand(config))))
     with _Telling() as tell, silence():
         found = find_out(config, tell)
+    found.problems, found.notes = ([named(line, path) for line in own] for own in (found.problems, found.notes))
     if gate is not None and all(part.work is not None for part in found.parts):
         from dllm_sparsity.cli.gate_names import unknown_ahead
 
@@ -64,7 +70,7 @@ def dry_run(config: StudyConfig, as_json: bool, engine: Engine, gate: Gate | Non
     for line in _lines(found, config, engine, workers):
         console.print(Text(line))
     for problem in found.problems:
-        console.print(Text(f"problem: {problem}", style="red"), soft_wrap=True)
+        console.print(Text(f"problem: {problem}", style="red"), soft_wrap=not console.is_terminal)
     last = "put right what is said above" if command is None else f"to run it: {command}"
     console.print(Text(f"\nnothing was run or written; {last}"), soft_wrap=True)
     return not found.problems

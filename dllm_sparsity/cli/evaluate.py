@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from dllm_sparsity.errors import UserError, did_you_mean
+from dllm_sparsity.errors import Interrupted, UserError, did_you_mean
 
 _MODELS = {"sparse-ar": "autoregressive", "sparse-diffusion": "diffusion"}
 _BATCH_SIZE = 16  # lm-eval's own default is 1
@@ -90,7 +90,9 @@ def _plain_errors() -> Iterator[None]:
     except (UserError, click.UsageError):
         raise
     except KeyboardInterrupt as error:
-        raise UserError("interrupted; nothing was written", "lm-eval keeps no partial results: run it again") from error
+        raise Interrupted(
+            "interrupted; nothing was written", "lm-eval keeps no partial results: run it again"
+        ) from error
     except Exception as error:  # lm-eval, its tasks and its metrics raise whatever they like
         if "did not find any docs" in str(error):
             raise UserError(

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import click
 
+from dllm_sparsity.cli.naming import names_config
+
 
 @click.command(short_help="Download the models and data of a study.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Say what would be downloaded, and download nothing.")
 @click.option("--offline", is_flag=True, help="Look nothing up: say whether all is on this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is needed as one JSON object.")
+@names_config
 def fetch(config: Path, dry_run: bool, offline: bool, as_json: bool) -> None:
     """Download the models, tokenizers and task data of a study in YAML, into the caches of the hub's libraries.
 

@@ -16,7 +16,7 @@ from dllm_sparsity.cli.evaluate import evaluate
 from dllm_sparsity.cli.fetch import fetch
 from dllm_sparsity.cli.ls import ls
 from dllm_sparsity.cli.report import report
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import Interrupted, UserError
 
 _DEBUG = "DLLM_SPARSITY_DEBUG"
 
@@ -45,7 +45,7 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except UserError as error:
-        code = _leave(error.message, error.hint)
+        code = _leave(error.message, error.hint, error.exit_code)
     except click.UsageError as error:
         error.show()
         code = 2
@@ -53,7 +53,12 @@ def main() -> None:
         error.show()
         code = 1
     except (KeyboardInterrupt, click.Abort):
-        code = _leave("interrupted; finished cells are sealed", "the same command continues where this one stopped")
+        _end_at_the_next()
+        code = _leave(
+            "interrupted; finished cells are sealed",
+            "the same command continues where this one stopped",
+            Interrupted.exit_code,
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -62,18 +67,32 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _leave(message: str, hint: str) -> int:
+def _leave(message: str, hint: str, code: int = 1) -> int:
     if os.environ.get(_DEBUG) == "1" and sys.exc_info()[0] is not None:
         import traceback
 
         traceback.print_exc()
     click.echo(f"error: {_one_line(message)}\nhint:  {_one_line(hint)}", err=True)
-    return 1
+    return code
 
 
 def _one_line(text: str) -> str:
     """Fold white space and drop control characters: messages can hold foreign text."""
     return "".join(sign for sign in " ".join(text.split()) if sign.isprintable())
+
+
+def _end_at_the_next() -> None:
+    """Let another interrupt end the process at once: all there is to keep is on disk, and threads are waited for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if "multiprocessing" in sys.modules:
+        for worker in sys.modules["multiprocessing"].active_children():
+            worker.kill()
+    os._exit(Interrupted.exit_code)
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:

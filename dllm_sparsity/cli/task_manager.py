@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dllm_sparsity.errors import UserError, did_you_mean
+from dllm_sparsity.errors import UserError, did_you_mean, shorten
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def our_tasks(tasks: str | list[str]) -> Iterator[None]:
             try:
                 loaded = super().load(*args, **kwargs)
             except (OSError, ValueError, LookupError, ImportError, AttributeError) as error:
-                why = " ".join(str(error).split())[:200]
+                why = shorten(error)
                 raise UserError(
                     f"{', '.join(names)} cannot be loaded: {why}", "the data may need the network, or a package"
                 ) from error

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from dllm_sparsity.errors import UserError
 
+FETCH = "dllm-sparsity fetch CONFIG"
+"""As messages have it; the command line, which knows the study's file, puts its name in."""
+FETCH_FIRST = f"with a network, first: {FETCH}"
 _PATIENCE_SECONDS, _VALID_SECONDS = 5, 60
 _answers: dict[str, tuple[bool, float]] = {}
 """By address of a hub: whether it answered, and when; not every model waits for it anew."""
@@ -123,8 +126,20 @@ def hub_error(model: str, revision: str | None, error: Exception) -> UserError:
     if _is_offline():
         return UserError(
             f"model {model!r} is not on this machine and HF_HUB_OFFLINE is set",
-            "give a local folder, or with a network, first: dllm-sparsity fetch CONFIG",
+            f"give a local folder, or {FETCH_FIRST}",
         )
     return UserError(
         f"model {model!r} is not on this machine and the hub cannot be reached", "give a local folder, or go online"
+    )
+
+
+def no_safetensors(model: str) -> UserError:
+    """Return in two lines that a model's weights are none that are loaded.
+
+    Args:
+        model: Hub id or folder.
+    """
+    return UserError(
+        f"{model} has no safetensors weights; pickles are never loaded",
+        "convert it: load and save_pretrained it once, and give the folder",
     )

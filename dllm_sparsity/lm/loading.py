@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from dllm_sparsity.errors import UserError
-from dllm_sparsity.lm.hub import check_exists
+from dllm_sparsity.errors import UserError, shorten
+from dllm_sparsity.lm.hub import check_exists, no_safetensors
 
 _LOAD_ERRORS = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError, AssertionError)
 
@@ -79,8 +79,19 @@ def _empty(auto: Any, config: Any, source: ModelSource) -> Any:
     with init_empty_weights():
         keys: dict[str, Any] = {"dtype": getattr(torch, source.dtype), "trust_remote_code": source.trust_remote_code}
         if source.trust_remote_code and getattr(config, "auto_map", None):
-            keys["code_revision"] = source.revision  # only code that comes with a model has one
+            keys |= code_revision(auto, config, source.revision)
         return auto.from_config(config, **keys)
+
+
+def code_revision(auto: Any, config: Any, revision: str | None) -> dict[str, Any]:
+    """Return what `from_config` is told of the code that comes with a model; nothing once that is registered.
+
+    Args:
+        auto: The automatic class.
+        config: The model's configuration.
+        revision: Branch, tag or commit on the hub.
+    """
+    return {} if type(config) in getattr(auto, "_model_mapping", ()) else {"code_revision": revision}
 
 
 def _auto_class(config: Any) -> Any:
@@ -138,8 +149,8 @@ def _load_error(source: ModelSource, error: Exception) -> UserError:
     if "trust_remote_code" in text:
         return UserError(f"{source.model} runs code of its own", "read it, then add --trust-remote-code")
     if "safetensors" in text and "no file named" in text:
-        return UserError(f"{source.model} has no safetensors weights", "convert it: load and save_pretrained it once")
-    return UserError(f"cannot load {source.model}: {text[:200]}", "DLLM_SPARSITY_DEBUG=1 shows where it failed")
+        return no_safetensors(source.model)
+    return UserError(f"cannot load {source.model}: {shorten(text)}", "DLLM_SPARSITY_DEBUG=1 shows where it failed")
 
 
 @torch.no_grad()

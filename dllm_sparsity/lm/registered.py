@@ -19,7 +19,6 @@ from dllm_sparsity import registry
 from dllm_sparsity.errors import UserError, did_you_mean
 from dllm_sparsity.lm.base import SparsityLM
 from dllm_sparsity.lm.distributed import Processes
-from dllm_sparsity.lm.hub import check_exists
 from dllm_sparsity.sparsity.sites import expand
 
 _MODEL_NAMES = ("paradigm", "model", "label")  # fields of a study's model that lm-eval has other names for
@@ -100,7 +99,7 @@ def check(paradigm: str, arguments: Mapping[str, Any]) -> Request:
     if paradigm == "diffusion":
         registry.check("samplers", model.sampler)
     built = _rule(run, parameters)
-    check_exists(registry.load("dllm_sparsity.study.models:resolve")(run.pretrained), model.revision)
+    registry.load("dllm_sparsity.study.fetch:check_weights")(model)
     return Request(model, built, run)
 
 

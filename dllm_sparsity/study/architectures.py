@@ -12,8 +12,8 @@ import torch
 import yaml
 from torch import nn
 
-from dllm_sparsity.errors import UserError
-from dllm_sparsity.lm.hub import check_exists, is_hub_there
+from dllm_sparsity.errors import UserError, shorten
+from dllm_sparsity.lm.hub import FETCH_FIRST, check_exists, is_hub_there
 from dllm_sparsity.study.cached import missing_code
 
 DESCRIPTIONS = Path(__file__).with_suffix(".yaml")
@@ -143,7 +143,7 @@ def build(architecture: Architecture, trust_remote_code: bool = False) -> nn.Mod
     except UserError:
         raise
     except Exception as error:  # whatever a configuration or a model's own code does, users get two lines
-        why = " ".join(str(error).split())[:160]
+        why = shorten(error)
         raise UserError(
             f"{architecture.model} cannot be built from its configuration: {type(error).__name__}: {why}",
             "look at its config.json; a newer transformers may know it",
@@ -154,7 +154,8 @@ def _build(architecture: Architecture, config: dict[str, Any], trust_remote_code
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from dllm_sparsity.lm.loading import _auto_class
+    from dllm_sparsity.lm.loading import _auto_class, code_revision
+    from dllm_sparsity.lm.shims import remote_code
 
     model_type = config["model_type"]
     if model_type in CONFIG_MAPPING:
@@ -177,11 +178,13 @@ def _build(architecture: Architecture, config: dict[str, Any], trust_remote_code
     if absent and not is_hub_there(architecture.model, architecture.revision):
         raise UserError(
             f"the code of {architecture.model} is not on this machine: {', '.join(absent)}",
-            "with a network, first: dllm-sparsity fetch CONFIG",
+            FETCH_FIRST,
         )
     keys: dict[str, Any] = {"trust_remote_code": True, "revision": architecture.revision}
     own = transformers.AutoConfig.from_pretrained(architecture.model, code_revision=architecture.revision, **keys)
-    return _auto_class(own).from_config(own, trust_remote_code=True, code_revision=architecture.revision)
+    auto = _auto_class(own)
+    with remote_code(architecture.model, own, auto.__name__, keys):
+        return auto.from_config(own, trust_remote_code=True, **code_revision(auto, own, architecture.revision))
 
 
 def loads(architecture: Architecture) -> bool:

@@ -15,7 +15,7 @@ from dllm_sparsity.study import plan
 from dllm_sparsity.study.architectures import Architecture, build, find_architecture, loads
 from dllm_sparsity.study.check_here import local_tokenizer, look_here
 from dllm_sparsity.study.check_search import search_ahead
-from dllm_sparsity.study.check_tasks import check_lengths, check_tasks
+from dllm_sparsity.study.check_tasks import check_data, check_lengths, check_tasks
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig
 from dllm_sparsity.study.models import make_rule, make_sampler, resolve
 
@@ -67,11 +67,12 @@ class StudyCheck:
 
     Args:
         name: Of the study.
-        cells: Cells it plans; a task that is a group counts once.
+        cells: Cells it plans, without those of searches; a task that is a group counts once.
         sites: Sites that its rules act on, as asked for.
         models: Its models, in its order.
         problems: What has to be put right, one line each.
         notes: What is worth knowing.
+        searches: Whether a search chooses cells on top.
     """
 
     name: str
@@ -80,14 +81,16 @@ class StudyCheck:
     models: tuple[ModelCheck, ...]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    searches: bool = False
 
 
-def check_study(config: StudyConfig, here: bool = False) -> StudyCheck:
+def check_study(config: StudyConfig, here: bool = False, data: bool = False) -> StudyCheck:
     """Check a study as far as that is possible without weights and data.
 
     Args:
         config: The study, its fields validated.
-        here: Whether to look as well at what this machine has for it, and to ask the hub for what it has not.
+        here: Whether to look as well at what this machine has for its models, and to ask the hub for what it has not.
+        data: Whether to look for the data of its tasks on this machine.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -99,7 +102,7 @@ def check_study(config: StudyConfig, here: bool = False) -> StudyCheck:
     for rule in config.rules:
         _check_rule(rule, problems)
     said, lengths, scored = check_tasks(config.tasks)
-    problems += [*said, *search_ahead(config.search, config.tasks)]
+    problems += [*said, *search_ahead(config, notes)]
     for model in config.models:
         if model.pipeline == "diffusion_gemma":
             problems += [
@@ -108,9 +111,12 @@ def check_study(config: StudyConfig, here: bool = False) -> StudyCheck:
     models = tuple(_check_model(model, config.rules, lengths, problems, notes) for model in config.models)
     if here:
         models = look_here(config, models, problems, notes)
+    if data:
+        check_data(config, problems, notes)
     asked = tuple(dict.fromkeys(site for rule in config.rules for site in rule.sites))
     distinct = tuple(dict.fromkeys(problems))
-    return StudyCheck(config.name, len(plan.expand(config)), asked, models, distinct, tuple(dict.fromkeys(notes)))
+    planned, told = len(plan.expand(config)), tuple(dict.fromkeys(notes))
+    return StudyCheck(config.name, planned, asked, models, distinct, told, config.search is not None)
 
 
 def _line(where: str, error: UserError) -> str:

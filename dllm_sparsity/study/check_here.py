@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dllm_sparsity.errors import UserError
-from dllm_sparsity.lm.hub import is_hub_there, why_no_hub
+from dllm_sparsity.errors import UserError, shorten
+from dllm_sparsity.lm.hub import FETCH_FIRST, is_hub_there, no_safetensors, why_no_hub
 from dllm_sparsity.lm.loading import find_device
 from dllm_sparsity.study.config import ModelConfig, StudyConfig
-from dllm_sparsity.study.fetch import check_room, distinct, key_of, model_need
+from dllm_sparsity.study.fetch import check_room, distinct, has_pickles, key_of, model_need
 from dllm_sparsity.study.models import choose_device, resolve
-from dllm_sparsity.study.offline import TOKENIZER, missing_files
+from dllm_sparsity.study.offline import TOKENIZER, is_offline, missing_files, no_files
 
 if TYPE_CHECKING:
     from dllm_sparsity.study.check import ModelCheck
@@ -51,7 +51,7 @@ def look_here(
         check_room(sum(size for size in sizes.values() if isinstance(size, int)))
     except UserError as error:
         problems.append(f"{error.message}; {error.hint}")
-    unsure = [own.name for own in found if own.lacking is None and own.source in ("hub", "shipped description")]
+    unsure = [own.name for own in found if own.ok and own.lacking is None and own.source != "folder"]
     if unsure and (why := why_no_hub()):
         notes.append(f"{why}: whether it gives {', '.join(unsure)} to you is not known")
     return tuple(found)
@@ -77,7 +77,7 @@ def local_tokenizer(model: ModelConfig) -> Any:
     except (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError) as error:
         if not Path(name).expanduser().is_dir():  # the cache may hold some of its files
             return None
-        why = " ".join(str(error).split())[:160]
+        why = shorten(error)
         raise UserError(f"its tokenizer cannot be loaded: {why}", "look at the folder") from error
 
 
@@ -87,7 +87,11 @@ def _lacking(model: ModelConfig, notes: list[str]) -> int | UserError | None:
         files = missing_files(model)
         if not files:
             return 0
-        if Path(resolve(model.model)).expanduser().is_dir():
+        if is_offline():
+            return UserError(no_files(model, files), FETCH_FIRST)
+        if Path(resolve(model.model)).is_dir():
+            if "model.safetensors" in files and has_pickles(resolve(model.model)):
+                return no_safetensors(resolve(model.model))
             notes.append(f"{model.name}: its folder lacks {', '.join(files)}")
             return None
         return model_need(model).missing if is_hub_there(resolve(model.model), model.revision) else None

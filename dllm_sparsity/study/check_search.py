@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dllm_sparsity.errors import UserError, did_you_mean
 from dllm_sparsity.study import expected
-from dllm_sparsity.study.config import SearchConfig, TaskSpec
-from dllm_sparsity.study.tasks import LoadedTask, find_task
+from dllm_sparsity.study.config import SearchConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.offline import without_network
+from dllm_sparsity.study.tasks import LoadedTask, find_task, load_tasks
 
+_MOST_FIRST = expected.FIRST_ITEMS + expected.LEAST_BLOCK - 1  # items that the first block of a search has at most
 _KINDS = ("accuracy", "score", "loglikelihood")
 
 
-def search_ahead(search: SearchConfig | None, tasks: Iterable[TaskSpec]) -> list[str]:
-    """Return which tasks lack the quality that is searched on, as far as lm-eval's index tells.
+def search_ahead(config: StudyConfig, notes: list[str]) -> list[str]:
+    """Return which tasks lack the quality that is searched on, as far as lm-eval's index tells, or allow no beginning.
 
     Args:
-        search: What is asked.
-        tasks: The tasks of a study.
+        config: The study.
+        notes: Added to: where that could not be found out.
     """
-    if search is None or search.quality is None:
+    search = config.search
+    if search is None:
         return []
     problems = []
-    for spec in tasks:
+    if search.budget is not None and search.budget < 2 * _MOST_FIRST:  # else it is enough for any task
+        for spec in config.tasks:
+            problems += _budget_ahead(search, spec, config.seed, notes)
+    for spec in config.tasks if search.quality is not None else ():
         settings: dict[str, Any] = (
             {"output_type": "loglikelihood_rolling"} if spec.name is None else _settings(spec.name)
         )
@@ -52,13 +58,32 @@ def check_search(search: SearchConfig | None, tasks: Iterable[LoadedTask]) -> No
     for task in tasks:
         better = task.task.higher_is_better()
         _check_quality(search, task.name, task.output_type, [own for own in better if better[own]])
-        first = expected.blocks(task.items)[0]
-        if search.budget is not None and search.budget < 2 * first:
-            raise UserError(
-                f"search.budget is {search.budget:,}, and the smallest search on {task.name} takes {2 * first:,}"
-                f" item-evaluations: its first {first} items, dense and at one strength",
-                f"raise it to {round(expected.FIRST_PASSES * first):,} or more, or leave it out",
-            )
+        _check_budget(search, task)
+
+
+def _check_budget(search: SearchConfig, task: LoadedTask) -> None:
+    first = expected.blocks(task.items)[0]
+    if search.budget is not None and search.budget < 2 * first:
+        raise UserError(
+            f"search.budget is {search.budget:,}, and the smallest search on {task.name} takes {2 * first:,}"
+            f" item-evaluations: its first {first} items, dense and at one strength",
+            f"raise it to {round(expected.FIRST_PASSES * first):,} or more, or leave it out",
+        )
+
+
+def _budget_ahead(search: SearchConfig, spec: TaskSpec, seed: int, notes: list[str]) -> Iterator[str]:
+    """Give why a search cannot begin on a task, whose items are counted where its data is on this machine."""
+    try:
+        with without_network():
+            loaded = load_tasks(spec, seed)
+    except UserError:  # what else is wrong with it is said elsewhere
+        notes.append(f"whether search.budget is enough for task {spec.name or spec.text} was not looked at: no data")
+        return
+    for task in loaded:
+        try:
+            _check_budget(search, task)
+        except UserError as error:
+            yield f"{error.message}; {error.hint}"
 
 
 def _settings(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Check the tasks of a study by lm-eval's index, which holds their settings and none of their data."""
+"""Check the tasks of a study by lm-eval's index, which holds their settings, and look whether their data is here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.hub import FETCH, why_no_hub
 from dllm_sparsity.lm.items import MAX_NEW_TOKENS
-from dllm_sparsity.study.config import ModelConfig, TaskSpec
-from dllm_sparsity.study.tasks import RUN_CODE, find_task
+from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.data_sets import data_sets
+from dllm_sparsity.study.offline import is_offline, no_data, why_not_loaded
+from dllm_sparsity.study.tasks import RUN_CODE, find_task, load_tasks
 
 
 def check_tasks(tasks: Iterable[TaskSpec]) -> tuple[list[str], dict[str, int], list[str]]:
@@ -49,6 +52,32 @@ def _runs_code(index: Any, name: str) -> bool:
     below = settings.get("task") if "group" in settings else sorted(entry.tags) if entry.cfg is None else ()
     names = [each for each in below or () if isinstance(each, str) and each != name]
     return bool(settings.get("unsafe_code")) or any(_runs_code(index, each) for each in names)
+
+
+def check_data(config: StudyConfig, problems: list[str], notes: list[str]) -> None:
+    """Look whether the data of the tasks is on this machine; offline it is read, for it has to be.
+
+    Args:
+        config: The study.
+        problems: Added to: what has to be put right, one line each.
+        notes: Added to: what is not known.
+    """
+    absent: list[str] = []
+    for spec in config.tasks:
+        try:
+            sets = [] if spec.name is None else data_sets(spec.name)
+            if is_offline():
+                load_tasks(spec, config.seed)
+            elif not all(own.is_here() for own in sets if own.path):
+                absent.append(str(spec.name))
+            elif any(not own.path for own in sets):
+                notes.append(f"the data of task {spec.name} was not looked for: code of its own gets it")
+        except UserError as error:
+            why = why_not_loaded(spec, error)
+            problems += [f"{why.message}; {why.hint}"] if is_offline() else []  # names are checked elsewhere
+    if absent:
+        why = why_no_hub() or "the hub was not asked for it"
+        notes.append(f"{no_data(', '.join(absent))}, and {why}; to bring it: {FETCH}")
 
 
 def check_lengths(model: ModelConfig, sampler: Any, lengths: dict[str, int]) -> list[str]:

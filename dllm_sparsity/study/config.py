@@ -131,7 +131,9 @@ class SearchConfig(_Frozen):
     @classmethod
     def _shares(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if not all(0 < value < 1 for value in values):
-            raise ValueError("give shares of the dense quality between 0 and 1")
+            percent = next((value for value in values if 1 < value < 100), None)
+            meant = "" if percent is None else f"; for {percent:g} % give {percent / 100:g}"
+            raise ValueError(f"give shares of the dense quality between 0 and 1{meant}")
         return tuple(sorted(set(values)))
 
 

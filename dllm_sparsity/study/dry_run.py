@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import UserError, shorten
 from dllm_sparsity.families import find_ffns
 from dllm_sparsity.study import expected, plan, probe
 from dllm_sparsity.study.architectures import build, find_architecture
@@ -17,8 +18,9 @@ from dllm_sparsity.study.check import BYTES, check_study
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.cost import Costs, costs, disk_bytes
 from dllm_sparsity.study.dry_search import expect, like_a_search, unsearchable
+from dllm_sparsity.study.fetch import check_weights
 from dllm_sparsity.study.models import choose_device, open_backend, resolve
-from dllm_sparsity.study.offline import missing_files
+from dllm_sparsity.study.offline import missing_files, why_not_loaded
 from dllm_sparsity.study.tasks import LoadedTask, load_tasks
 from dllm_sparsity.study.workload import Workload, make_planner, workload
 
@@ -110,7 +112,7 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
     import torch
 
     tell("checking the study")
-    checked = check_study(config)
+    checked = check_study(config, here=True)
     problems, notes = list(checked.problems), list(checked.notes)
     tasks: dict[TaskSpec, list[LoadedTask] | UserError] = {}
     for spec in config.tasks:
@@ -118,7 +120,14 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
         try:
             tasks[spec] = load_tasks(spec, config.seed)
         except UserError as error:
-            tasks[spec] = error
+            tasks[spec] = why = why_not_loaded(spec, error)
+            _say(problems, why)
+    for model in config.models:
+        try:
+            if Path(resolve(model.model)).is_dir():  # check may be given a folder without weights, a run may not
+                check_weights(model)
+        except UserError as error:
+            _say(problems, error, f"{model.name}: ")
     problems += unsearchable(config, _loaded(tasks), problems)
     cells = plan.expand(config)
     device = choose_device(config.device)
@@ -130,6 +139,12 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
     if config.search is not None:
         notes.append(expected.words(config.search, len(_loaded(tasks)) > 1))
     return found
+
+
+def _say(problems: list[str], error: UserError, where: str = "") -> None:
+    """Add a problem that was not seen before."""
+    if not any(error.message in own for own in problems):
+        problems.append(f"{where}{error.message}; {error.hint}")
 
 
 def _model(
@@ -244,7 +259,7 @@ def _probe(model: ModelConfig, made: list, config: StudyConfig, found: DryRun, t
             probe.forget_peak(found.device)
             lm = open_backend(model, config.device, config.seed)
         except (UserError, RuntimeError, MemoryError) as error:  # a GPU that is too small raises RuntimeError
-            why = " ".join(str(getattr(error, "message", error)).split())[:160]
+            why = shorten(getattr(error, "message", error))
     for part, cells, batches in made:
         part.no_probe = why
         if lm is None or not batches:
@@ -261,4 +276,4 @@ def _probe(model: ModelConfig, made: list, config: StudyConfig, found: DryRun, t
             part.seconds = sum(each) / len(each) * (part.cells * part.work.forwards + searched)
             part.measured_peak = probe.peak_bytes(found.device)
         except (UserError, RuntimeError) as error:
-            part.no_probe = " ".join(str(getattr(error, "message", error)).split())[:160]
+            part.no_probe = shorten(getattr(error, "message", error))

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dllm_sparsity.errors import UserError
-from dllm_sparsity.lm.hub import check_exists, hub_error
+from dllm_sparsity.errors import UserError, shorten
+from dllm_sparsity.lm.hub import check_exists, hub_error, is_hub_there, no_safetensors
 from dllm_sparsity.study.cached import code_elsewhere
 from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
+from dllm_sparsity.study.data_sets import data_sets
 from dllm_sparsity.study.models import resolve
-from dllm_sparsity.study.tasks import find_task, load_tasks
+from dllm_sparsity.study.offline import missing_files
+from dllm_sparsity.study.tasks import load_tasks
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _NOT = ("consolidated*.safetensors", "*.gguf")
 _BELOW = "*/*"
-_OWN_DATA = ("json", "csv", "text", "parquet", "arrow")
-"""Readers of files that a task names; such files are on this machine or are named with their address."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Need:
 
     Args:
         kind: model or task.
-        name: Hub id or folder of a model; name of a task.
+        name: Of a model as it was given, or of a task.
         source: What is downloaded: hub ids of a model and its code, data sets of a task; empty where nothing is.
         files: Files that are missing; 0 for a task.
         missing: Bytes that are missing; None where that is not known before.
@@ -91,7 +90,7 @@ def fetch(config: StudyConfig, need: Need) -> None:
     from huggingface_hub import snapshot_download
 
     for model in distinct(config.models):
-        if resolve(model.model) == need.name:
+        if model.model == need.name:
             for part in _parts(model):
                 _hub(snapshot_download, part)
 
@@ -138,7 +137,7 @@ def _hub(download: Any, part: _Part, **more: Any) -> Any:
     except HfHubHTTPError as error:
         raise hub_error(part.repo, part.revision, error) from error
     except Exception as error:  # a full disk, or the errors of whatever library the hub's client speaks through
-        why = " ".join(str(error).split())[:160]
+        why = shorten(error)
         if more.get("dry_run"):
             raise UserError(f"the hub could not be asked about {part.repo}: {why}", "try again") from error
         raise UserError(
@@ -160,17 +159,15 @@ def model_need(model: ModelConfig) -> Need:
 
     name = resolve(model.model)
     check_exists(name, model.revision)
-    files = {part.repo: _hub(snapshot_download, part, dry_run=True) for part in _parts(model)}
+    with _no_bars():
+        files = {part.repo: _hub(snapshot_download, part, dry_run=True) for part in _parts(model)}
     if name in files and not any(file.filename.endswith(".safetensors") for file in files[name]):
-        raise UserError(
-            f"{name} has no safetensors weights; pickles are never downloaded",
-            "convert it: load and save_pretrained it once, and give the folder",
-        )
+        raise no_safetensors(name)
     absent = {repo: [file for file in own if file.will_download] for repo, own in files.items()}
     here = [] if name in files else [path.stat().st_size for path in Path(name).rglob("*") if path.is_file()]
     return Need(
         "model",
-        name,
+        model.model,
         ", ".join(repo for repo, own in absent.items() if own),
         sum(map(len, absent.values())),
         sum(file.file_size or 0 for own in absent.values() for file in own),
@@ -178,11 +175,56 @@ def model_need(model: ModelConfig) -> Need:
     )
 
 
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the hub's library from showing how far it is with asking."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def check_weights(model: ModelConfig) -> None:
+    """Refuse a model that does not exist or whose weights are none that are loaded, before any weight is.
+
+    Args:
+        model: The model; of one that is not all on this machine the hub is asked, where it is there.
+
+    Raises:
+        UserError: It cannot be had, has no safetensors, or its folder is not whole.
+    """
+    name = resolve(model.model)
+    check_exists(name, model.revision)
+    files = missing_files(model)
+    if files and not Path(name).is_dir():
+        if is_hub_there(name, model.revision):
+            model_need(model)
+    elif "model.safetensors" in files and has_pickles(name):
+        raise no_safetensors(name)
+    elif lacking := [file for file in files if " of " not in file]:  # code of another repository can be had
+        raise UserError(f"{name} lacks {', '.join(lacking)}", "give a folder made by save_pretrained, or a hub id")
+
+
+def has_pickles(folder: str) -> bool:
+    """Tell whether a folder holds weights as pickles.
+
+    Args:
+        folder: A model's.
+    """
+    return any(path.suffix in (".bin", ".pt", ".pth", ".ckpt") for path in Path(folder).iterdir())
+
+
 def _task(spec: TaskSpec) -> Need:
     if spec.text is not None:
         return Need("task", _title(spec), "", 0, 0, Path(spec.text).stat().st_size)
     name = spec.name or ""
-    sources = list(dict.fromkeys(_data_sets(find_task(name).task_index, name)))
+    sources = [own.title for own in data_sets(name) if own.path]
     if not sources:
         return Need("task", name, "", 0, 0, None)
     return Need("task", name, ", ".join(sources), 0, None, None)
@@ -190,34 +232,6 @@ def _task(spec: TaskSpec) -> Need:
 
 def _title(spec: TaskSpec) -> str:
     return spec.name or Path(spec.text or "").name
-
-
-def _data_sets(index: Any, name: str) -> Iterator[str]:
-    """Give the data sets of a task, or of those that a group or tag stands for."""
-    entry = index.get(name)
-    fields = (entry.cfg if entry is not None else _file(name)) or {}
-    below = fields.get("task") if "group" in fields else sorted(entry.tags) if entry and entry.cfg is None else ()
-    for each in below if isinstance(below, list) else ():
-        inner = each if isinstance(each, str) else each.get("task") if isinstance(each, dict) else None
-        if isinstance(inner, str) and inner != name:
-            yield from _data_sets(index, inner)
-    path = fields.get("dataset_path")
-    if isinstance(path, str) and path not in _OWN_DATA and not Path(path).exists():
-        yield f"{path} ({fields['dataset_name']})" if fields.get("dataset_name") else path
-
-
-def _file(name: str) -> dict[str, Any]:
-    """Read a task file as far as its data set; lm-eval's `!function` tags are of no matter here."""
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: None)
-    try:
-        found = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def check_room(wanted: int) -> None:

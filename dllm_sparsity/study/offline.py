@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from dllm_sparsity.errors import UserError
+from dllm_sparsity.lm.hub import FETCH_FIRST
 from dllm_sparsity.study.cached import code_elsewhere, find_file, missing_code
-from dllm_sparsity.study.config import ModelConfig, StudyConfig
+from dllm_sparsity.study.config import ModelConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.models import resolve
 
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
@@ -31,6 +34,20 @@ def go_offline() -> None:
             setattr(sys.modules[module], name, True)
 
 
+@contextlib.contextmanager
+def without_network() -> Iterator[None]:
+    """Keep the libraries of the hub from the network inside the block."""
+    import datasets.config
+    import huggingface_hub.constants as hub
+
+    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
 def is_offline() -> bool:
     """Tell whether the network was turned off for all of the libraries, by `go_offline` or by hand."""
     return all(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in SWITCHES)
@@ -50,8 +67,8 @@ def check_offline(config: StudyConfig, is_file: bool = True) -> None:
         gone = [model for model in config.models if missing_files(model)]
         each = [f"hf download {own.model}{f' --revision {own.revision}' if own.revision else ''}" for own in gone]
         each += [f"hf download {repo}" for own in gone for repo in code_elsewhere(own)]
-        command = "dllm-sparsity fetch CONFIG" if is_file or not gone else " && ".join(dict.fromkeys(each))
-        raise UserError(f"offline: {'; '.join(lacking)}", f"with a network, first: {command}")
+        hint = FETCH_FIRST if is_file or not gone else f"with a network, first: {' && '.join(dict.fromkeys(each))}"
+        raise UserError(f"offline: {'; '.join(lacking)}", hint)
 
 
 def missing(config: StudyConfig) -> list[str]:
@@ -65,19 +82,45 @@ def missing(config: StudyConfig) -> list[str]:
     """
     from dllm_sparsity.study.tasks import load_tasks
 
-    found = [
-        f"{model.model} is not on this machine: {', '.join(files)}"
-        for model in config.models
-        if (files := missing_files(model))
-    ]
+    found = [no_files(model, files) for model in config.models if (files := missing_files(model))]
     for spec in config.tasks:
         try:
             load_tasks(spec, config.seed)
         except UserError as error:
             if "cannot be loaded" not in error.message:
                 raise
-            found.append(f"the data of task {spec.name} is not on this machine")
+            found.append(no_data(str(spec.name)))
     return found
+
+
+def no_data(task: str) -> str:
+    """Return the words for data that is not here.
+
+    Args:
+        task: Name of a task, or of several.
+    """
+    return f"the data of task {task} is not on this machine"
+
+
+def why_not_loaded(spec: TaskSpec, error: UserError) -> UserError:
+    """Return why a task cannot be loaded; without a network it is its data that is missing.
+
+    Args:
+        spec: The task.
+        error: What was raised.
+    """
+    is_data = is_offline() and "cannot be loaded" in error.message
+    return UserError(no_data(str(spec.name)), FETCH_FIRST) if is_data else error
+
+
+def no_files(model: ModelConfig, files: list[str]) -> str:
+    """Return the words for files of a model that are not here.
+
+    Args:
+        model: The model.
+        files: What it lacks.
+    """
+    return f"{model.model} is not on this machine: {', '.join(files)}"
 
 
 def missing_files(model: ModelConfig) -> list[str]:

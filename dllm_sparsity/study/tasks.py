@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from dllm_sparsity.errors import UserError, did_you_mean
+from dllm_sparsity.errors import UserError, did_you_mean, shorten
 from dllm_sparsity.study.config import TaskSpec
 from dllm_sparsity.study.source import function_files, source_hash
 
@@ -116,7 +116,7 @@ def _by_name(name: str, num_fewshot: int | None) -> dict[str, Any]:
     try:
         return _load(manager, name, num_fewshot) if name in manager.all_tasks else manager.load([name])["tasks"]
     except (OSError, ValueError, KeyError, ImportError, ConnectionError, AttributeError, TypeError) as error:
-        why = " ".join(str(error).split())[:160]
+        why = shorten(error)
         raise UserError(
             f"task {name} cannot be loaded: {why}", "its data may need the network, or a package"
         ) from error

@@ -1,4 +1,4 @@
-"""Tell an experiment tracker of a study: each cell when it is sealed, and what the study found. Imports no tracker."""
+"""Tell an experiment tracker of a study: each cell when it is sealed, and what the study found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from dllm_sparsity.errors import UserError, did_you_mean
+from dllm_sparsity.errors import UserError, did_you_mean, shorten
 from dllm_sparsity.study.config import StudyConfig
 from dllm_sparsity.study.offline import is_offline
 
@@ -187,7 +187,7 @@ class Tracking:
                 call(*arguments)
         except Exception as error:
             who = self._named if isinstance(self._named, str) else type(self._tracker).__name__
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            said = shorten(f"{type(error).__name__}: {error}")
             self._named = self._tracker = None
             self._said = f"{who} failed, the study goes on without it: {said}"
 
@@ -199,7 +199,7 @@ def check_tracker(name: str) -> None:
         name: One of `TRACKERS`.
 
     Raises:
-        UserError: There is no such tracker, it is not installed, or it would use a network that is not to be used.
+        UserError: There is no such tracker, it cannot be imported, or it would use a network that is not to be used.
     """
     if name not in TRACKERS:
         raise UserError(f"unknown tracker {name!r}{did_you_mean(name, TRACKERS)}", f"there are: {', '.join(TRACKERS)}")
@@ -208,3 +208,9 @@ def check_tracker(name: str) -> None:
     sends = next((variable for variable in _SENDS if os.environ.get(variable)), None)
     if name == "trackio" and sends and is_offline():
         raise UserError(f"trackio would send to {os.environ[sends]}, and the study is offline", f"unset {sends}")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            import_module(name)
+    except Exception as error:  # whatever its own imports raise
+        why = shorten(f"{type(error).__name__}: {error}")
+        raise UserError(f"{name} cannot be imported: {why}", f"pip install -U '.[{name}]'") from error

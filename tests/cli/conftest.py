@@ -3,6 +3,7 @@
 import pytest
 
 from dllm_sparsity.cli import main as main_module
+from dllm_sparsity.study.offline import SWITCHES
 
 
 @pytest.fixture
@@ -11,7 +12,10 @@ def run(monkeypatch, capsys, tmp_path):
 
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["dllm-sparsity", *map(str, arguments)])
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        for name in SWITCHES:  # a command that goes offline is not to take what comes after it along
+            monkeypatch.setenv(name, "1" if name == "HF_HUB_OFFLINE" else "0")
+        for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+            monkeypatch.setattr(name, False)
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as left:
             main_module.main()

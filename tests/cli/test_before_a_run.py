@@ -1,6 +1,7 @@
 """compare --dry-run and --offline: what is printed, and that nothing is run, written, loaded or looked up."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -109,12 +110,51 @@ def test_what_is_missing_offline_is_named_before_a_weight_is_read(run, path, tmp
     assert code == 1
     assert "nobody/nothing is not on this machine: config.json, model.safetensors, its tokenizer" in err
     assert "the data of task piqa is not on this machine" in err
-    assert "dllm-sparsity fetch CONFIG" in err
+    assert f"dllm-sparsity fetch {path}" in err
     assert not (tmp_path / "runs").exists()
     code, out, _ = run("check", path, "--offline")
     assert code == 1
     assert "problem: the data of task piqa is not on this machine" in out
     assert run("fetch", path, "--offline")[0] == 1
+
+
+def test_a_dry_run_offline_refuses_what_the_run_refuses(run, path, material, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    fields = yaml.safe_load(path.read_text())
+    fields["models"] = fields["models"][:1]
+    fields["tasks"] = [fields["tasks"][0], {"name": "piqa"}]
+    path.write_text(yaml.safe_dump(fields))
+    code, out, _ = run("compare", path, "--dry-run", "--offline")
+    assert code == 1
+    assert out.count("piqa is not on this machine") == 1
+    assert "problem: the data of task piqa is not on this machine; with a network, first: dllm-sparsity fetch" in out
+    assert f"fetch {path}" in out
+    assert "cannot be loaded" not in out
+    assert "to run it" not in out
+    code, out, _ = run("compare", path, "--dry-run")
+    assert code == 1
+    assert "problem: task piqa cannot be loaded" in out
+
+
+def test_a_folder_of_pickles_is_refused_alike_everywhere(run, path, material, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(material / "ar", folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    fields = yaml.safe_load(path.read_text())
+    fields["models"].append({"paradigm": "autoregressive", "model": str(folder)})
+    path.write_text(yaml.safe_dump(fields))
+    refusal = f"{folder} has no safetensors weights; pickles are never loaded"
+    for arguments in (["check", path], ["compare", path, "--dry-run"], ["compare", path]):
+        code, out, err = run(*arguments)
+        assert code == 1
+        assert (out + err).count(refusal) == 1
+        assert "to run it" not in out
+    assert not (tmp_path / "runs").exists()
+    (folder / "pytorch_model.bin").unlink()
+    for arguments in (["compare", path, "--dry-run"], ["compare", path]):
+        code, out, err = run(*arguments)
+        assert code == 1
+        assert "lacks model.safetensors" in out + err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """dllm-sparsity check: what it shows, what it finds wrong, and that it reads no weight."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,17 @@ def test_each_problem_is_one_line_and_the_exit_code_is_one(run, tmp_path):
     assert any("did you mean easy_endings?; list them with: dllm-sparsity ls tasks" in line for line in lines)
     assert out.splitlines()[-3:] == lines
     assert "OK" not in out.splitlines()
+
+
+def test_problems_are_wrapped_on_a_terminal_alone(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(study(tasks=[{"name": "easy_ending"}])))
+    assert max(map(len, run("check", path)[1].splitlines())) > 80
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = re.sub(r"\x1b\[[0-9;]*m", "", run("check", path)[1])
+    assert "problem: " in out
+    assert max(len(line) for line in out.splitlines() if line != str(path)) <= 80
 
 
 def test_a_study_that_cannot_be_read_is_two_lines(run, tmp_path):
@@ -274,6 +286,36 @@ def test_a_folder_that_is_not_whole_is_noted(tmp_path, material):
     assert found.models[0].lacking is None
 
 
+def test_data_that_is_not_here_is_noted(run, tmp_path, monkeypatch):
+    from datasets import DatasetInfo
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "data"))
+    path = tmp_path / "study.yaml"
+    names = ("piqa", "arc_easy", "squadv2", "easy_endings")
+    path.write_text(yaml.safe_dump(study(tasks=[{"name": name} for name in names])))
+    code, out, _ = run("check", path)
+    said = " ".join(out.split())
+    assert code == 0
+    assert "files of models: on this machine" in said
+    assert "note: the data of task piqa, arc_easy is not on this machine, and the hub is not asked offline" in said
+    assert "note: the data of task squadv2 was not looked for: code of its own gets it" in said
+    for place, name in (("baber___piqa", "default"), ("allenai___ai2_arc", "ARC-Easy")):
+        folder = tmp_path / "data" / place / name / "0.0.0" / "0123"
+        folder.mkdir(parents=True)
+        DatasetInfo(config_name=name).write_to_directory(str(folder))
+    assert "is not on this machine" not in run("check", path)[1]
+
+
+def test_offline_data_that_is_not_here_is_a_problem_of_its_task(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "data"))
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study(tasks=[{"name": "piqa"}, {"name": "arc_esy"}])))
+    code, out, _ = run("check", path, "--offline")
+    assert code == 1
+    assert "problem: the data of task piqa is not on this machine" in out
+    assert out.count("arc_esy") == 2  # what is wrong with it, once as typed and once suggested
+
+
 def test_weights_that_do_not_fit_are_noted(monkeypatch):
     found = check.check_study(build_config(study()), here=True)
     assert (found.notes, found.models[0].lacking) == ((), 0)
@@ -378,6 +420,26 @@ def test_a_budget_that_ends_before_an_answer_is_refused():
         check_search(SearchConfig(quality="foo"), [task])
 
 
+def test_check_refuses_a_budget_as_the_run_does_and_leaves_the_cells_to_the_search(run, tmp_path):
+    path = tmp_path / "study.yaml"
+    fields = study(tasks=[{"name": "easy_endings", "limit": 100}], search={"budget": 60}, rules=[{"name": "top_p"}])
+    path.write_text(yaml.safe_dump(fields))
+    code, out, _ = run("check", path)
+    assert code == 1
+    assert "problem: search.budget is 60, and the smallest search on easy_endings takes 128" in out
+    assert "; the search chooses its cells" in out
+    assert "0 cells" not in out
+    assert run("compare", path, "--dry-run")[1].count("the smallest search on easy_endings takes 128") == 1
+    fields["tasks"][0]["limit"] = 30
+    path.write_text(yaml.safe_dump(fields))
+    assert run("check", path)[0] == 0
+    fields["tasks"][0]["name"] = "piqa"
+    path.write_text(yaml.safe_dump(fields))
+    code, out, _ = run("check", path)
+    assert code == 0
+    assert "whether search.budget is enough for task piqa was not looked at" in " ".join(out.split())
+
+
 def test_keys_that_an_anchor_brings_along_are_not_given_twice(tmp_path):
     (tmp_path / "study.yaml").write_text(
         "name: a\nrules:\n- &one {name: top_p, sites: [up], strengths: [0.9]}\n- &two {<<: *one, strengths: [0.8]}\n"
@@ -399,6 +461,7 @@ def test_keys_that_an_anchor_brings_along_are_not_given_twice(tmp_path):
         ("models: [{model: m, model: n}]\n", "model is given twice, again in line 1"),
         ("models: []\n", "models: give at least 1"),
         ("search: true\n", "search: give fields, each as name: value"),
+        ("search: {retentions: [99]}\n", "between 0 and 1; for 99 % give 0.99"),
         ("rules: top_p\n", "rules: give a list, such as [a, b]"),
         ("rules: [{name: top_p}]\n", "the whole: give each rule at least one of strengths"),
     ],

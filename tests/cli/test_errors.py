@@ -1,9 +1,14 @@
 """What bad input gets: two lines, exit code 1, no traceback, before anything expensive."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 from click.testing import CliRunner
 
 from dllm_sparsity.cli import main as main_module
+from dllm_sparsity.errors import shorten
 
 AR, DM = "{ar}", "{dm}"
 BAD = [
@@ -20,6 +25,7 @@ BAD = [
     (["--ar", AR, "--strength", "1.5"], "strength 1.5 is out of range for TopP", "[0, 1]"),
     (["--ar", AR, "--strength", "1"], "is its dense setting", "every study runs dense"),
     (["--ar", AR, "--rule", "top_k"], "no strength given for rule top_k", "--strength"),
+    (["--grid", "paper", "--rule", "top_k"], "--grid paper is a grid of top_p, and the study has top_k", "leave that"),
     (["--diffusion", DM, "--sampler", "low_confidance"], "did you mean low_confidence?", "ls samplers"),
     (["--diffusion", DM, "--confidence-threshold", "0.5"], "has no confidence threshold", "confidence_threshold"),
     (["--diffusion", AR, "--text", "{text}"], "is a causal model, it cannot be used as a diffusion model", "--ar"),
@@ -110,6 +116,42 @@ def test_debug_shows_the_traceback(run, monkeypatch):
     code, _, err = run("compare", "--ar", "/no/such/folder")
     assert code == 1
     assert "Traceback" in err
+
+
+def test_an_interrupt_leaves_with_130_and_a_second_one_at_once():
+    program = (
+        "import time\nfrom concurrent.futures import ThreadPoolExecutor\nfrom dllm_sparsity.cli import main\n"
+        "ThreadPoolExecutor().submit(time.sleep, 60)\n"  # the interpreter waits for it before it ends
+        "def interrupted(**_): raise KeyboardInterrupt\n"
+        "main.cli.main = interrupted\nmain.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    said = [process.stderr.readline(), process.stderr.readline()]
+    assert said[0] == "error: interrupted; finished cells are sealed\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 130
+    assert process.stderr.read() == ""
+
+
+def test_an_interrupted_eval_leaves_with_130(run, monkeypatch):
+    from dllm_sparsity.errors import Interrupted
+
+    def interrupted(**_):
+        raise Interrupted("interrupted; nothing was written", "run it again")
+
+    monkeypatch.setattr(main_module.cli, "main", interrupted)
+    assert run("eval")[0] == 130
+
+
+def test_what_libraries_say_is_cut_at_a_word():
+    assert shorten("a  b\nc") == "a b c"
+    first = "It failed, " + "word " * 45 + "and ended."
+    assert shorten(f"{first} Then it said more.") == f"{first} …"
+    said = shorten("Short. " + "word " * 100)
+    assert said.startswith("Short. word")
+    assert said.endswith("word …")
+    assert len(said) <= 202
+    assert shorten("x" * 500) == "x" * 200 + " …"
 
 
 def test_wrong_options_are_usage_errors():

@@ -173,7 +173,7 @@ def test_sigint_and_sigterm_leave_sealed_cells(material, tmp_path, study):
             time.sleep(0.02)
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
-        assert process.returncode == 1, errors
+        assert process.returncode == 130, errors
         assert errors.strip().splitlines()[-2:] == [
             "error: interrupted; finished cells are sealed",
             "hint:  the same command continues where this one stopped",

@@ -142,6 +142,7 @@ def folder(tmp_path_factory):
     (place / "modeling_blocks.py").write_text(MODELING)
     classes = {"AutoConfig": "configuration_blocks.BlocksConfig", "AutoModelForCausalLM": "modeling_blocks.BlocksLM"}
     config = {"model_type": "blocks", "architectures": ["BlocksLM"], "auto_map": classes, "init_device": "cuda"}
+    config["n_layers"] = LAYERS
     (place / "config.json").write_text(json.dumps(config))
     save_file(weights(), place / "model.safetensors", metadata={"format": "pt"})
     tiny.tokenizer().save_pretrained(place)
@@ -189,6 +190,23 @@ def test_weights_and_buffers_are_what_was_saved_however_often_it_is_loaded(folde
             assert block.scale.device.type == "cpu"
     with torch.no_grad():
         assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+
+
+def test_check_and_dry_run_build_what_a_run_loads(folder, tmp_path):
+    from dllm_sparsity.study.check import check_study
+    from dllm_sparsity.study.config import build_config
+    from dllm_sparsity.study.dry_run import dry_run
+
+    (tmp_path / "own.txt").write_text("A text.")
+    fields = {
+        "models": [{"paradigm": "diffusion", "model": str(folder), "trust_remote_code": True, "mc": 2}],
+        "tasks": [{"text": str(tmp_path / "own.txt")}],
+        "rules": [{"name": "top_p", "strengths": [0.9]}],
+    }
+    study = build_config(fields)
+    assert check_study(study, here=True).problems == ()
+    found = dry_run(study)
+    assert (found.problems, found.parts[0].why) == ([], "")
 
 
 def test_what_was_mended_is_said(folder, caplog):

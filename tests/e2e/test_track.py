@@ -123,6 +123,15 @@ def test_a_package_that_is_missing_or_unknown_is_said_before_anything_runs(small
     assert not (tmp_path / "run").exists()
 
 
+def test_a_package_that_cannot_be_imported_is_said_before_anything_runs(small, tmp_path, monkeypatch):
+    (tmp_path / "trackio.py").write_text("raise ImportError('it wants another numpy')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(UserError, match="trackio cannot be imported: ImportError: it wants another numpy"):
+        compare(small, tmp_path / "run", track="trackio")
+    assert not (tmp_path / "run").exists()
+
+
 def test_offline_trackio_must_not_send(small, tmp_path, monkeypatch):
     monkeypatch.setattr("dllm_sparsity.study.track.find_spec", lambda name: name)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):

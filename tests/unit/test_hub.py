@@ -246,10 +246,27 @@ def test_check_of_a_hub_that_does_not_answer_says_what_is_not_known(hub, materia
     assert "the hub was not reached: whether it gives Llama-3.1-8B to you is not known" in found.notes
 
 
-def test_pickles_alone_are_refused(hub, material):
-    hub.add("old/model", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-    with pytest.raises(UserError, match="no safetensors weights; pickles are never downloaded"):
-        fetch.needs(study("old/model", material))
+def test_pickles_alone_are_refused_alike_everywhere(hub, material, tmp_path, capfd):
+    from dllm_sparsity import compare
+    from dllm_sparsity.lm.registered import check
+    from dllm_sparsity.study.dry_run import dry_run
+
+    config = (material / "ar" / "config.json").read_bytes()
+    hub.add("old/model", {"config.json": config, "pytorch_model.bin": b"pickle"})
+    asked = study("old/model", material)
+    refusal = "old/model has no safetensors weights; pickles are never loaded"
+    for found in (check_study(asked, here=True), dry_run(asked)):
+        assert sum(refusal in line for line in found.problems) == 1
+    for refuse in (
+        lambda: fetch.needs(asked),
+        lambda: compare(asked, tmp_path / "run"),
+        lambda: check("autoregressive", {"pretrained": "old/model"}),
+    ):
+        with pytest.raises(UserError) as error:
+            refuse()
+        assert error.value.message == refusal
+    assert not (tmp_path / "run").exists()
+    assert "Fetching" not in capfd.readouterr().err  # nothing is
 
 
 def test_an_interrupted_download_goes_on(served, material, tmp_path, monkeypatch):
@@ -280,6 +297,11 @@ def test_an_index_names_the_shards_that_are_needed(tmp_path):
     (tmp_path / "one.safetensors").write_bytes(b"")
     model = ModelConfig(paradigm="autoregressive", model=str(tmp_path))
     assert offline.missing_files(model) == ["two.safetensors"]
+
+
+def test_embedded_models_go_by_their_name(material):
+    config = study("embedded:autoregressive", material)
+    assert fetch.needs(config)[0].name == "embedded:autoregressive"
 
 
 def test_the_command_downloads_nothing_on_a_dry_run(served, material, tmp_path):

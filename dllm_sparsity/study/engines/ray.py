@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from importlib.util import find_spec
 from typing import Any
 
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import UserError, shorten
 from dllm_sparsity.study.engines import Engine
 from dllm_sparsity.study.engines.pool import Pool
 from dllm_sparsity.study.engines.worker import Worker
@@ -44,7 +44,7 @@ def ray_pool(engine: Engine, device: str, seed: int) -> Pool:
             ray.init(engine.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError, ImportError, TimeoutError) as error:
             where = engine.address or os.environ.get("RAY_ADDRESS") or "this machine"
-            why = " ".join(str(error).split())[:160]
+            why = shorten(error)
             raise UserError(
                 f"no Ray cluster at {where}: {why}",
                 "ray start --head starts one; a cluster with tokens needs RAY_AUTH_MODE=token; or use --engine local",

@@ -16,7 +16,7 @@ from dllm_sparsity.study.config import ModelConfig, StudyConfig
 from dllm_sparsity.study.engines import Engine, Share, slurm
 from dllm_sparsity.study.engines.planner import Job, Planner, own_packages, together
 from dllm_sparsity.study.engines.pool import Pool, PoolHost
-from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend, resolve
+from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend
 from dllm_sparsity.study.plan import Asks, Loaded
 from dllm_sparsity.study.quiet import quiet
 from dllm_sparsity.study.run import run_cell
@@ -249,10 +249,13 @@ class _Runner:
 
 
 def _check_first(config: StudyConfig, engine: Engine) -> None:
-    """Refuse bad engines, rules, strengths and missing models before a file is written or a weight is loaded."""
-    from dllm_sparsity.lm.loading import check_exists
+    """Refuse bad engines, devices, rules and missing models before a file is written or a weight is loaded."""
+    from dllm_sparsity.lm.loading import find_device
     from dllm_sparsity.study.engines.ahead import workers_ahead
+    from dllm_sparsity.study.fetch import check_weights
 
+    if engine.kind == "local":
+        find_device(choose_device(config.device))
     workers_ahead(engine, config, 1)
     for rule in config.rules:
         for strength in rule.strengths:
@@ -263,7 +266,7 @@ def _check_first(config: StudyConfig, engine: Engine) -> None:
     for model in config.models:
         if model.paradigm == "diffusion":
             make_sampler(model)
-        check_exists(resolve(model.model), model.revision)
+        check_weights(model)
 
 
 def open_pool(engine: Engine, config: StudyConfig, log: Path) -> Pool | None:

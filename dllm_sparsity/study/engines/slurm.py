@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_sparsity.errors import UserError
+from dllm_sparsity.errors import UserError, shorten
 from dllm_sparsity.study.config import StudyConfig
 from dllm_sparsity.study.engines import Engine, Share
 from dllm_sparsity.study.files import remove, writing
@@ -112,7 +112,7 @@ def run(
     try:
         jobs = executor.submit_array(work)
     except Exception as error:
-        why = " ".join(str(error).split())[:200]
+        why = shorten(error)
         raise UserError(f"the jobs were not taken: {why}", "look at the --engine-option values") from error
     _watch(jobs, rundir.log)
     try:
@@ -214,7 +214,7 @@ def _failure(job: Any) -> str | None:
         return None if error is None else error.message
     told = [line for line in str(error).split("\n-----")[0].splitlines() if line.strip(" -")]
     trace = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception|Exit|Interrupt)\b", line)]
-    return (trace or told or ["no reason given"])[-1].strip()[:200]
+    return shorten((trace or told or ["no reason given"])[-1])
 
 
 def make_executor(engine: Engine, folder: Path) -> Any:
@@ -237,7 +237,7 @@ def make_executor(engine: Engine, folder: Path) -> Any:
         executor = submitit.AutoExecutor(str(folder), cluster=cluster, slurm_max_num_timeout=_RENEWALS)
         executor.update_parameters(**{"name": "dllm-sparsity", "timeout_min": _MINUTES, **options})
     except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = shorten(error)
         raise UserError(
             f"SLURM cannot be used: {why}", "run this where sbatch is; submitit's documentation lists the options"
         ) from error
