@@ -93,7 +93,7 @@ def run_study(
         if share.cells is not None:
             slurm.take_over(share.cells.iterdir(), rundir)
         with quiet(rundir.log):
-            pool = pool or open_pool(engine, config, rundir.log)
+            pool = open_pool(engine, config, rundir.log) if pool is None else pool
             described = environment.describe(choose_device(config.device), config.seed)
             if pool is not None:
                 pool.accept = partial(_check_same, here={**described, "code": environment.code_identity()})
