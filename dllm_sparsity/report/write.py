@@ -21,11 +21,12 @@ from dllm_sparsity.report.html import page
 from dllm_sparsity.report.tables import tables_of
 
 
-def write_report(run_dir: str | Path | Run) -> Path:
+def write_report(run_dir: str | Path | Run, out: Path | None = None) -> Path:
     """Write report.html, summary.json and tables/ of a run directory from its sealed cells.
 
     Args:
         run_dir: The run directory, or a run that was loaded or joined.
+        out: Folder that they go to; the run directory when None.
 
     Returns:
         Path of report.html.
@@ -34,12 +35,12 @@ def write_report(run_dir: str | Path | Run) -> Path:
         UserError: It holds no finished cell, a file is damaged, or it cannot be written to.
     """
     run = run_dir if isinstance(run_dir, Run) else load(run_dir)
-    data = from_run(run)
+    data, place = from_run(run), out or run.path
     for name, table in tables_of(data).items():
-        _write(run.path / "tables" / f"{name}.parquet", _parquet(table))
-        _write(run.path / "tables" / f"{name}.csv", _csv(table))
-    _write(run.path / "summary.json", json.dumps(data.summary, indent=1, allow_nan=False).encode())
-    return _write(run.path / "report.html", page(data).encode())
+        _write(place / "tables" / f"{name}.parquet", _parquet(table))
+        _write(place / "tables" / f"{name}.csv", _csv(table))
+    _write(place / "summary.json", json.dumps(data.summary, indent=1, allow_nan=False).encode())
+    return _write(place / "report.html", page(data).encode())
 
 
 def save_report(reading: Any, path: str | Path, title: str = "Activation sparsity of a recorded loop") -> Path:
@@ -74,7 +75,7 @@ def _write(path: Path, content: bytes) -> Path:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        hint = "choose a folder that you may write to"
+        hint = "choose a folder that you may write to with --out"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "free some space, then run the same command again; all cells are kept"
         raise UserError(f"cannot write {path}: {error.strerror}", hint) from error

@@ -123,6 +123,18 @@ def test_a_report_of_several_is_not_written_into_a_run(runs):
     assert "is a run of its own" in done.exception.message
 
 
+def test_the_report_of_one_run_goes_elsewhere(runs, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (runs / "one").rglob("*")}
+    done = CliRunner().invoke(report, [str(runs / "one"), "--out", str(tmp_path / "page")])
+    assert done.exit_code == 0, done.output
+    assert {path: path.stat().st_mtime_ns for path in (runs / "one").rglob("*")} == before
+    assert sorted(path.name for path in (tmp_path / "page").iterdir()) == ["report.html", "summary.json", "tables"]
+    assert (tmp_path / "page" / "report.html").read_text() == (runs / "one" / "report.html").read_text()
+    assert f"report: {tmp_path / 'page' / 'report.html'}" in done.output
+    done = CliRunner().invoke(report, [str(runs / "one"), "--out", str(runs / "two")])
+    assert "is a run of its own" in done.exception.message
+
+
 def test_a_run_that_is_given_twice_is_named(runs):
     done = CliRunner().invoke(report, [str(runs / "one"), str(runs / "two" / ".." / "one"), "--out", str(runs / "new")])
     assert isinstance(done.exception, UserError)

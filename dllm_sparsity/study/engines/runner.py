@@ -14,9 +14,10 @@ from dllm_sparsity.study import environment
 from dllm_sparsity.study.attached import Host, LocalHost
 from dllm_sparsity.study.config import ModelConfig, StudyConfig
 from dllm_sparsity.study.engines import Engine, Share, slurm
+from dllm_sparsity.study.engines.ahead import check_first
 from dllm_sparsity.study.engines.planner import Job, Planner, own_packages, together
 from dllm_sparsity.study.engines.pool import Pool, PoolHost
-from dllm_sparsity.study.models import choose_device, make_rule, make_sampler, open_backend
+from dllm_sparsity.study.models import choose_device, open_backend
 from dllm_sparsity.study.plan import Asks, Loaded
 from dllm_sparsity.study.quiet import quiet
 from dllm_sparsity.study.run import run_cell
@@ -83,7 +84,7 @@ def run_study(
     """
     rundir, pool, engine, share = None, None, engine or Engine(), share or Share()
     try:
-        _check_first(config, engine)
+        check_first(engine, config)
         if engine.kind == "ray":
             with quiet(Path(os.devnull)):  # nothing is written before the cluster is there
                 pool = open_pool(engine, config, Path(os.devnull))
@@ -93,7 +94,7 @@ def run_study(
         if share.cells is not None:
             slurm.take_over(share.cells.iterdir(), rundir)
         with quiet(rundir.log):
-            pool = pool or open_pool(engine, config, rundir.log)
+            pool = open_pool(engine, config, rundir.log) if pool is None else pool
             described = environment.describe(choose_device(config.device), config.seed)
             if pool is not None:
                 here = {**described, "code": environment.code_identity()}
@@ -246,27 +247,6 @@ class _Runner:
             return False
         except StopIteration:
             return True
-
-
-def _check_first(config: StudyConfig, engine: Engine) -> None:
-    """Refuse bad engines, devices, rules and missing models before a file is written or a weight is loaded."""
-    from dllm_sparsity.lm.loading import find_device
-    from dllm_sparsity.study.engines.ahead import workers_ahead
-    from dllm_sparsity.study.fetch import check_weights
-
-    if engine.kind == "local":
-        find_device(choose_device(config.device))
-    workers_ahead(engine, config, 1)
-    for rule in config.rules:
-        for strength in rule.strengths:
-            if make_rule(rule.name, strength, rule.parameters).is_dense:
-                raise UserError(
-                    f"strength {strength:g} of {rule.name} is its dense setting", "leave it out: every study runs dense"
-                )
-    for model in config.models:
-        if model.paradigm == "diffusion":
-            make_sampler(model)
-        check_weights(model)
 
 
 def open_pool(engine: Engine, config: StudyConfig, log: Path) -> Pool | None:
