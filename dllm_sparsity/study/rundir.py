@@ -148,7 +148,7 @@ class RunDir:
         is_changed |= not place.is_file() or place.read_bytes() != text.encode()
         stale = [name for name in _FOUND if is_changed or (name == "search.json" and self.config.search is None)]
         if removed := [name for name in stale if (self.path / name).exists()]:
-            self.tell(f"{', '.join(removed)} of another study removed from {self.path}; its cells stay")
+            self.tell(f"{', '.join(removed)} of the study before removed from {self.path}; its cells stay")
         for name in removed:
             remove(self.path / name)
         write_whole(place, text)

@@ -148,7 +148,7 @@ def test_of_another_study_nothing_stays_beside_the_new_one(small, finished, path
     assert (
         "1 cells of the run before are not in this study; they stay in cells/, and are not reported" in caplog.messages
     )
-    assert f"report.html, summary.json of another study removed from {path}; its cells stay" in caplog.messages
+    assert f"report.html, summary.json of the study before removed from {path}; its cells stay" in caplog.messages
     assert "top_k" in (path / "config.yaml").read_text()
     assert not (path / "summary.json").exists()
     assert not (path / "report.html").exists()
