@@ -13,7 +13,8 @@ import yaml
 from material import make_study
 
 from dllm_sparsity import compare
-from dllm_sparsity.cli.gate import Gate, names, unknown_ahead
+from dllm_sparsity.cli.gate import Gate
+from dllm_sparsity.cli.gate_names import names, unknown_ahead
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.study import run as study_run
 from dllm_sparsity.study.config import build_config
@@ -52,7 +53,9 @@ def test_a_condition_can_ask_for_every_number_before_the_run(finished):
     conditions = [Gate(f"{name} < 1 and not {name}x > -2") for name in found]
     told = [unknown_ahead(gate, build_config(study), result.summary["counts"]["tasks"]) for gate in conditions]
     assert not [own for own in told if len(own) > 1]
-    assert all(own for name, own in zip(found, told, strict=True) if not name.startswith("difference."))
+    short = [own for name, own in zip(found, told, strict=True) if name.count(".") < 5]  # any model, rule or quality
+    assert len(short) > 10  # may follow in the others
+    assert all(short)
 
 
 def test_records_agree_with_each_other(finished):
