@@ -140,17 +140,17 @@ def test_other_code_is_other_work_and_is_not_joined_with_the_old(task, material,
     assert not planned & first
     change(task.parent / "utils.py", "len(answer) > 3", "len(answer) > 4")
     compare(study, tmp_path / "two")
-    with pytest.raises(UserError, match=r"one and two are not comparable: task own_code: task\.code is"):
+    with pytest.raises(UserError, match=r"one and two are not comparable: task own_code: task\.code differs"):
         join([load(tmp_path / "one"), load(tmp_path / "two")], tmp_path)
 
 
 def test_what_a_package_imports_of_itself_counts_where_it_is_installed(tmp_path, monkeypatch):
-    package = tmp_path / "site-packages" / "plugged"
+    package = tmp_path / "site-packages" / "plugin_of_parts"
     for name, text in {
         "__init__.py": "",
         "rules/__init__.py": "",
-        "rules/mine.py": "import os, stranger, plugged.deep.last\nfrom ..core import half\nfrom . import beside\n",
-        "rules/beside.py": "def late():\n    from plugged import lazy\n",
+        "rules/mine.py": "import os, stranger, plugin_of_parts.deep.last\nfrom ..core import half\nfrom . import beside\n",
+        "rules/beside.py": "def late():\n    from plugin_of_parts import lazy\n",
         "core.py": "half = 0.5\n",
         "lazy.py": "x = 1\n",
         "deep/__init__.py": "",
@@ -162,7 +162,7 @@ def test_what_a_package_imports_of_itself_counts_where_it_is_installed(tmp_path,
         (package / name).write_text(text)
     monkeypatch.syspath_prepend(package.parent)
     assert module_files(["dllm_sparsity.sparsity.rules.top_p", "autoregressive.backend"]) == set()
-    files = module_files(["plugged.rules.mine"])
+    files = module_files(["plugin_of_parts.rules.mine"])
     marks = [source_hash(files)]
     for name in ("rules/mine.py", "rules/beside.py", "core.py", "lazy.py", "deep/last.py", "rules/__init__.py"):
         with (package / name).open("a") as stream:

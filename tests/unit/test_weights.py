@@ -11,7 +11,8 @@ from huggingface_hub import snapshot_download
 from test_hub import hub, served, study  # noqa: F401
 
 from dllm_sparsity import compare
-from dllm_sparsity.study import architectures, environment
+from dllm_sparsity.lm import hub as lm_hub
+from dllm_sparsity.study import environment
 from dllm_sparsity.study.weights import hub_blobs, weights_identity
 
 
@@ -93,7 +94,7 @@ def test_a_cell_has_the_hub_s_hashes_under_a_fingerprint_that_was_there_before_t
     served, material, tmp_path, monkeypatch
 ):
     _, files = served
-    monkeypatch.setattr(architectures, "_unreachable", [])
+    monkeypatch.setattr(lm_hub, "_answers", {})
     config = study("free/model", material)
     cells = []
     for name in ("first", "again"):  # before the first, the cache has no weights
