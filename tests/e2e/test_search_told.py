@@ -15,6 +15,7 @@ from dllm_sparsity.analysis.joining import join
 from dllm_sparsity.analysis.statistics import mcnemar_exact
 from dllm_sparsity.errors import UserError
 from dllm_sparsity.report import render, write_report
+from dllm_sparsity.report.sections import quality
 
 
 def make(material, **search):
@@ -257,3 +258,12 @@ def test_an_allocation_whose_cells_are_damaged_is_left_out(on_likelihood_by_laye
     assert "the strengths by layer for tiny_choice, top_p at input" in note
     assert ("the answer of the search for tiny_choice, layerwise" in note) is not probe
     assert [own["rule"] for own in found["search"]["curves"]] == (["top_p", "layerwise"] if probe else ["top_p"])
+
+
+def test_the_dashed_line_and_the_caption_are_of_the_retention_that_is_asked_for(on_likelihood):
+    curves = [curve for curve in on_likelihood[1].summary["curves"] if curve["quality"] == "nll"]
+    for kept in (0.9, 0.99):
+        (chart,) = quality._charts(curves, quality._styles(curves), True, kept)
+        (line,) = chart.figure["layout"]["shapes"]
+        assert (line["y0"], line["y1"]) == (kept, kept)
+        assert f"Critical sparsity at {100 * kept:g} %: autoregressive " in chart.caption

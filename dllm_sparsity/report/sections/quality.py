@@ -35,8 +35,9 @@ class Quality(Section):
         curves = [*own, *means]
         styles = _styles(curves)
         tasks = list(dict.fromkeys(curve["task"] for curve in curves))
-        blocks = [(task, _panel(index, task, curves, styles)) for index, task in enumerate(tasks)]
-        share = f"{100 * data.summary['default_retention']:g} %" if data.summary else ""
+        kept = data.summary["default_retention"] if data.summary else 1.0
+        blocks = [(task, _panel(index, task, curves, styles, kept)) for index, task in enumerate(tasks)]
+        share = f"{100 * kept:g} %"
         return template("quality.html", blocks=blocks, share=share, averaged=bool(means)) if blocks else Markup("")
 
 
@@ -69,7 +70,9 @@ def _styles(curves: list[Curve]) -> dict[tuple[str, str], tuple[str, str, str]]:
     return styles
 
 
-def _panel(index: int, task: str, curves: list[Curve], styles: dict[tuple[str, str], tuple[str, str, str]]) -> Markup:
+def _panel(
+    index: int, task: str, curves: list[Curve], styles: dict[tuple[str, str], tuple[str, str, str]], kept: float
+) -> Markup:
     own = [curve for curve in curves if curve["task"] == task]
     options = []
     for name in dict.fromkeys(curve["quality"] for curve in sorted(own, key=lambda curve: not curve["headline"])):
@@ -77,7 +80,7 @@ def _panel(index: int, task: str, curves: list[Curve], styles: dict[tuple[str, s
             shown = [curve for curve in own if curve["quality"] == name]
             told = _kept(shown[0])
             label = f"{told}, relative to dense" if relative else f"{name}, raw"
-            options.append(Option(label, _charts(shown, styles, relative), distance=len(options)))
+            options.append(Option(label, _charts(shown, styles, relative, kept), distance=len(options)))
     legend = [
         (f"{paradigm} ({model})", *styles[paradigm, model][:2])
         for paradigm, model in dict.fromkeys((curve["paradigm"], curve["model"]) for curve in own)
@@ -85,7 +88,9 @@ def _panel(index: int, task: str, curves: list[Curve], styles: dict[tuple[str, s
     return Panel(f"quality-{index}", "Measure", options, legend=legend).html()
 
 
-def _charts(curves: list[Curve], styles: dict[tuple[str, str], tuple[str, str, str]], relative: bool) -> list[Chart]:
+def _charts(
+    curves: list[Curve], styles: dict[tuple[str, str], tuple[str, str, str]], relative: bool, kept: float
+) -> list[Chart]:
     points = [point for curve in curves for point in _drawn(curve)]
     furthest = max((point["sparsity"] or 0.0 for point in points), default=1.0)
     value = "retention" if relative else "quality"
@@ -97,7 +102,7 @@ def _charts(curves: list[Curve], styles: dict[tuple[str, str], tuple[str, str, s
     charts = []
     for site, rule in dict.fromkeys((curve["site"], curve["rule"]) for curve in curves):
         shown = [curve for curve in curves if (curve["site"], curve["rule"]) == (site, rule)]
-        charts.append(_chart(f"{site}, {rule}", shown, styles, relative, ranges))
+        charts.append(_chart(f"{site}, {rule}", shown, styles, relative, kept, ranges))
     return charts
 
 
@@ -106,6 +111,7 @@ def _chart(
     curves: list[Curve],
     styles: dict[tuple[str, str], tuple[str, str, str]],
     relative: bool,
+    kept: float,
     ranges: dict[str, tuple[float, float]],
 ) -> Chart:
     kind, name = curves[0]["kind"], curves[0]["quality"]
@@ -129,23 +135,23 @@ def _chart(
         )
     counts = ", ".join(dict.fromkeys(_count(curve) for curve in curves))
     told = [
-        f"{curve['paradigm']} {words.critical(reading_of(curve, 'interpolated', 0.99))}"
+        f"{curve['paradigm']} {words.critical(reading_of(curve, 'interpolated', kept))}"
         for curve in curves
-        if reading_of(curve, "interpolated", 0.99)["value"] is not None
+        if reading_of(curve, "interpolated", kept)["value"] is not None
     ]
     direction = "" if relative or curves[0]["higher_is_better"] else " Lower is better."
-    caption = f"Critical sparsity at 99 %: {'; '.join(told)}. {counts}.{direction}" if told else f"{counts}.{direction}"
+    critical = f"Critical sparsity at {100 * kept:g} %: {'; '.join(told)}. " if told else ""
     figure = line_chart(
         lines,
         "achieved sparsity",
         f"{_kept(curves[0])} kept" if relative else name,
         x_percent=True,
         y_percent=relative or kind in ("accuracy", "agreement"),
-        threshold=0.99 if relative else None,
+        threshold=kept if relative else None,
         legend=False,
         **ranges,
     )
-    return Chart(title, caption, figure, _table(curves), 300)
+    return Chart(title, f"{critical}{counts}.{direction}", figure, _table(curves), 300)
 
 
 def _drawn(curve: Curve) -> list[dict[str, Any]]:
