@@ -50,3 +50,17 @@ def make_study(material):
 @pytest.fixture
 def study(material):
     return make_study(material)
+
+
+OTHER_DIFFUSION = {
+    "mask_token": "[M]",
+    "logits_shift": True,
+    "mc": 7,
+    "steps": 5,
+    "block_length": 4,
+    "temperature": 0.5,
+    "cfg_scale": 1.5,
+    "sampler": "random",
+    "confidence_threshold": 0.9,
+}
+"""A value of each setting of a diffusion model that is not its default."""

@@ -133,8 +133,7 @@ def dry_run(config: StudyConfig, tell: Callable[[str], None] = lambda text: None
     device = choose_device(config.device)
     found = DryRun(config.name, device, 0, [], {}, problems, notes, torch.get_num_threads())
     for model in config.models:
-        mine = {spec: [cell for cell in cells if (cell.model, cell.task) == (model, spec)] for spec in config.tasks}
-        _model(model, mine, tasks, config, found, tell)
+        _model(model, cells, tasks, config, found, tell)
     found.cells = sum(part.cells for part in found.parts)
     if config.search is not None:
         notes.append(expected.words(config.search, len(_loaded(tasks)) > 1))
@@ -148,7 +147,12 @@ def _say(problems: list[str], error: UserError, where: str = "") -> None:
 
 
 def _model(
-    model: ModelConfig, cells: dict, tasks: dict, config: StudyConfig, found: DryRun, tell: Callable[[str], None]
+    model: ModelConfig,
+    cells: list[plan.Cell],
+    tasks: dict,
+    config: StudyConfig,
+    found: DryRun,
+    tell: Callable[[str], None],
 ) -> None:
     planner, price, why, stacked = None, None, "", False
     try:
@@ -167,8 +171,9 @@ def _model(
     except UserError as error:
         why = error.message
     made: list[tuple[Part, list, list]] = []
-    for spec, own in cells.items():
-        loaded = tasks[spec]
+    for spec in config.tasks:
+        of_task, loaded = [cell for cell in cells if cell.task == spec], tasks[spec]
+        own = [cell for cell in of_task if cell.model == model]
         for task in [None] if isinstance(loaded, UserError) else loaded:
             name = task.name if task is not None else str(spec.name or spec.text)
             why_not = loaded.message if isinstance(loaded, UserError) else why
@@ -190,7 +195,7 @@ def _model(
                 expect(part, planner, (task, spec), _loaded(tasks), config, price)
             if (flops := price.flops(part.work)) is not None:
                 part.ffn_flops, part.flops = (each * part.runs for each in flops)
-            part.comparisons = sum(cell.rule is not None for cell in plan.expand(config) if cell.task == spec)
+            part.comparisons = sum(cell.rule is not None for cell in of_task)
             part.detectable = detectable(part.work.items, part.comparisons) if has_accuracy(task) else None
             made.append((part, own or like_a_search(config, model, spec), batches))
     _probe(model, made, config, found, tell)

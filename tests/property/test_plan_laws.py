@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from material import OTHER_DIFFUSION
 
 from dllm_sparsity.study.config import ModelConfig, RuleConfig, StudyConfig, TaskSpec
 from dllm_sparsity.study.engines.planner import Job, together
@@ -99,15 +100,7 @@ OTHER = {
     "device_map": "auto",
     "batch_size": 3,
     "max_length": 77,
-    "mask_token": "[M]",
-    "logits_shift": True,
-    "mc": 7,
-    "steps": 5,
-    "block_length": 4,
-    "temperature": 0.5,
-    "cfg_scale": 1.5,
-    "sampler": "random",
-    "confidence_threshold": 0.9,
+    **OTHER_DIFFUSION,
     "sampler_options": {"alg_temp": 0.1},
     "pipeline": "llada2",
     "pipeline_options": {"num_inference_steps": 3},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from material import OTHER_DIFFUSION
 
 import dllm_sparsity
 from dllm_sparsity import registry
@@ -108,20 +109,9 @@ def swapped(given, folder):
         model["paradigm"] = other
 
 
-DIFFUSION = {
-    "mask_token": "[M]",
-    "logits_shift": True,
-    "mc": 7,
-    "steps": 5,
-    "block_length": 4,
-    "temperature": 0.5,
-    "cfg_scale": 1.5,
-    "sampler": "random",
-    "confidence_threshold": 0.9,
-}
 BOTH = {"revision": "v2", "trust_remote_code": True, "dtype": "bfloat16", "batch_size": 3, "max_length": 77}
 CHANGES = [
-    *((of_diffusion(**{name: value}), {f"model.{name}"}) for name, value in DIFFUSION.items()),
+    *((of_diffusion(**{name: value}), {f"model.{name}"}) for name, value in OTHER_DIFFUSION.items()),
     (of_diffusion(sampler_options={"alg_temp": 0.1}), {"model.sampler_options.alg_temp"}),
     (of_diffusion(pipeline="llada2"), {"model.pipeline", "model.packages"}),
     *((of_models(**{name: value}), {f"model.{name}"}) for name, value in BOTH.items()),

@@ -88,9 +88,8 @@ def run_study(
         if engine.kind == "ray":
             with quiet(Path(os.devnull)):  # nothing is written before the cluster is there
                 pool = open_pool(engine, config, Path(os.devnull))
-        rundir = RunDir(
-            out, config, patient=share.cells is not None
-        )  # a job of an earlier run may still be at its part
+        # a job of an earlier run may still be at its part
+        rundir = RunDir(out, config, patient=share.cells is not None)
         if share.cells is not None:
             slurm.take_over(share.cells.iterdir(), rundir)
         with quiet(rundir.log):
