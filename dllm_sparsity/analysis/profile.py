@@ -23,7 +23,7 @@ _REACH, _FARTHEST = 0.5, 0.02
 _HALF, _TAIL = 0.8, 1.7
 """Standard errors off the threshold at which a place counts half as unsure, and how fast it counts less: a logistic
 curve with this slope is a normal one, nearly."""
-_SEEN = 0.1
+_SEEN = 0.15
 """How far off an end of the interval a point may lie that tells of it, in widths."""
 _CLEAR = 2.3
 """Standard errors below the threshold at which a margin is a clear miss."""
@@ -80,7 +80,7 @@ class Profile:
         """Return an end of the interval that no point lies near, so that only the smooth curve tells of it, or None."""
         near = _SEEN * (self.high - self.low)
         below, above = self.points[self.points <= self.estimate], self.points[self.points >= self.estimate]
-        if len(above) and above[0] > self.high + near:
+        if len(above) and abs(self.points - self.high).min() > near:
             return self.high
         return self.low if below[-1] < self.low - near else None
 

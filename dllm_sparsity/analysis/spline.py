@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.special import log_ndtr, logsumexp, ndtri_exp
+from scipy.special import log_ndtr, ndtri_exp
 
 _BENDS = np.geomspace(20.0, 5000.0, 6)
 """How strongly a curve may bend, in the height of its first point; each is weighed by how well it fits the points."""
 _HASTES = (0.0, 0.5)
 """Powers with which the bend grows along the curve, weighed likewise; half as far as one, it is as `_BENDS` says."""
-_SHARPS, _RARE = np.geomspace(30.0, 300.0, 3), 3.0
+_SHARPS, _RARE = np.geomspace(10.0, 200.0, 3), 2.0
 """How much more a curve may bend behind a corner, and by how much, in logarithms, its evidence must be better: without
 one, a long flat part says that a cliff behind it is a bend at once."""
 _SLIGHT = 0.01
@@ -71,10 +71,8 @@ class Smooth:
             times: How many times as large the part from the errors of the points is taken to be.
         """
         error = np.sqrt(np.maximum(self.own + self.scatter * (times - 1), _NONE))
-        above, below = (
-            np.asarray(logsumexp(log_ndtr(side * self.mean / error), axis=0, b=self.weight[:, None]))
-            for side in (1, -1)
-        )
+        high, share = self.mean / error, np.log(self.weight)[:, None]
+        above, below = (np.logaddexp.reduce(share + log_ndtr(side * high), axis=0) for side in (1, -1))
         return np.where(above < below, ndtri_exp(np.minimum(above, 0.0)), -ndtri_exp(np.minimum(below, 0.0)))
 
     def error_after(self, place: int) -> np.ndarray:
