@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ _CHANGED = 1.0
 _PRIOR, _PRIOR_BOUNDED = 200.0, 400.0
 """Items whose own variance weighs as much as that of all strengths together. Where answers are right or wrong, a
 strength that lost few by luck also varies little, and would weigh too much."""
+_HALFWAY = 0.5
+"""How far variances go from what was seen to what another margin implies."""
 _LEAST, _MOST = 0.5, 2.0
 """How much smaller or greater a variance may be at the threshold than where the margin is what it seems."""
 _STEPS, _FARTHEST = 12, 30.0
@@ -96,6 +98,30 @@ class Margins:
             lost = -math.log(self._threshold.retention)
             times = lost / np.maximum(lost - margin, lost / _MOST)
         return np.maximum(times, _LEAST)
+
+    def supposed(self, truth: np.ndarray) -> Margins:
+        """Return the points with greater variances where other margins imply them: halfway from what was seen.
+
+        Where answers are right or wrong, a strength that lost few items by luck also varies little, and would draw a
+        curve to itself.
+
+        Args:
+            truth: Margins that the points may have in truth.
+
+        Source: Wedderburn 1974, Quasi-likelihood functions, generalized linear models, and the Gauss-Newton method:
+            variances that follow the curve, not the points. Differs: what the change of items owes to gains is left as
+            it is, and so are points that came out low, or a curve that starts low would stay there.
+        """
+        items = np.array([row.items for row in self._rows])
+        known = (items > 0) & (self._variance > 0)
+        if not (self._threshold.bounded and known.any()):
+            return self
+        each = np.where(known, self._variance * items, 1.0)
+        losses = np.clip(self._uneven * (self.margin[0] - truth) / each, 0.0, 1.0)
+        more = self._uneven * np.maximum(self.margin - truth, 0.0) / each
+        times = np.where(known, 1 + _HALFWAY * losses * more, 1.0)
+        root = np.sqrt(times)
+        return replace(self, covariance=self.covariance * np.outer(root, root), _variance=self._variance * times)
 
     def _each(self, at: np.ndarray) -> np.ndarray | None:
         """Return the variance that one item is likely to have at some sparsities; None where nothing varies."""

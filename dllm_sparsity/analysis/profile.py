@@ -9,6 +9,7 @@ from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import ndtr, ndtri
 
 from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.margins import Margins, margins
@@ -29,6 +30,8 @@ _CLEAR = 2.3
 """Standard errors below the threshold at which a margin is a clear miss."""
 _KNEE = 12.0
 """From where on a margin is drawn near to the threshold, in dense margins."""
+_TINY = 1e-15
+"""Chances nearer to none or to one than this are taken for it."""
 _LOST = 0.5
 """Share of the dense margin that is lost behind the edge of a cliff, rather than before it."""
 
@@ -43,7 +46,7 @@ class Profile:
         errors: Standard errors of the margins.
         estimate: Sparsity at the first crossing; the end where there is none.
         low: Sparsity below the estimate up to which the margin is told from a miss.
-        high: First sparsity that is a miss beyond doubt; the end where there is none.
+        high: First sparsity at or before which there is a miss beyond doubt; the end where there is none.
         fails: Whether there is such a sparsity.
         sure: As `high`, at three standard errors; infinite where there is no such sparsity.
         crosses: Whether the margin falls below zero at all.
@@ -130,11 +133,14 @@ def profile(
 
     The curve is a cubic smoothing spline with the covariance of the points as it was measured, so that strengths with
     few items, or with the same items, weigh what they should; how far it bends is weighed by the points' own evidence.
-    Its error grows in the gaps between points. The interval inverts a test: a sparsity next to the estimate belongs to
-    it unless the margin is told from zero, each side at half the error rate; and so does all from the first place on
-    that is not told from a miss at the whole error rate, for a curve may fall short early and come back. A place is
-    told from a miss with the error that a miss would have, not with the one of what was seen; how far the curve may
-    bend between points is the same for both. The chances are those of all ways in which the curve may bend.
+    Its error grows in the gaps between points. The interval inverts tests. Below the estimate, a sparsity next to it
+    belongs to the interval unless the margin is told from zero at half the error rate; and so does all from the first
+    place on that is not told from a miss at the whole error rate, for a curve may fall short early and come back.
+    Above the estimate, the interval ends where a curve that holds so far would seldom have come out as low at any place
+    up to there: a long stretch near the threshold has many chances to seem a miss. That is a bound, and may use the
+    whole error rate. A place is told from a miss with the error that a miss would have, not with the one of what was
+    seen; how far the curve may bend between points is the same for both. The chances are those of all ways in which
+    the curve may bend.
 
     Args:
         dense: The dense cell's items, none left out.
@@ -147,11 +153,13 @@ def profile(
         `smooth`.
     """
     points = margins(dense, sparse, threshold)
-    mesh = _mesh(points.place, ended)
-    curve, margin = _curve(points, mesh, block)
+    missing = points.supposed(np.minimum(points.margin, 0.0))
+    first = smooth(points.place, points.margin, missing.covariance, points.place).value
+    points, mesh = points.supposed(first), _mesh(points.place, ended)
+    curve, margin = _curve(points, first, mesh, block)
     tested = curve.score(points.tested(mesh, margin))
     estimate, crosses = _first(mesh, curve.value)
-    high, fails = _first(mesh, _above(curve, tested, -_Z))
+    high, fails = _first(mesh, _above(curve, _anywhere(curve, tested), -_EARLY))
     early, _ = _first(mesh, _above(curve, tested, _EARLY))
     sure, surely = _first(mesh, _above(curve, curve.score(), -_SURE))
     return Profile(
@@ -169,7 +177,7 @@ def profile(
     )
 
 
-def _curve(points: Margins, mesh: np.ndarray, block: range | None) -> tuple[Smooth, np.ndarray]:
+def _curve(points: Margins, first: np.ndarray, mesh: np.ndarray, block: range | None) -> tuple[Smooth, np.ndarray]:
     """Return the smooth curve through points, margins far from the threshold drawn near, and its margins as they are.
 
     It crosses where it would anyway. A steep end would tell of a curve that bends much everywhere, which leaves the
@@ -177,6 +185,7 @@ def _curve(points: Margins, mesh: np.ndarray, block: range | None) -> tuple[Smoo
 
     Args:
         points: What was measured.
+        first: A first curve, at the points.
         mesh: Where the curve is wanted.
         block: Items on which one more point may be measured; None where nobody asks what it would tell.
 
@@ -184,7 +193,6 @@ def _curve(points: Margins, mesh: np.ndarray, block: range | None) -> tuple[Smoo
         slope is taken at a first curve, not at what was measured, whose noise would weigh points that came out low.
     """
     knee = _KNEE * max(abs(float(points.margin[0])), 1e-9)
-    first = smooth(points.place, points.margin, points.covariance, points.place).value
     slope = 1 / np.hypot(1, first / knee)
     height = knee * np.arcsinh(first / knee) + slope * (points.margin - first)
     more = None
@@ -204,19 +212,41 @@ def _above(curve: Smooth, score: np.ndarray, errors: float) -> np.ndarray:
     return line
 
 
+def _anywhere(curve: Smooth, score: np.ndarray) -> np.ndarray:
+    """Return the scores of a curve, less sure where it might have come out as low at any place before.
+
+    The chance of that is at most the one at the place itself and the number of times that errors are likely to fall so
+    low on the way. A place that seems to lie above zero is taken to do so.
+
+    Args:
+        curve: The curve.
+        score: How many standard errors it lies above zero.
+
+    Source: Davies 1977, Hypothesis testing when a nuisance parameter is present only under the alternative: the bound.
+        Andrews and Soares 2010, Inference for parameters defined by moment inequalities using generalized moment
+        selection: places that surely hold tell nothing. Differs: they count the less, the surer they hold.
+    """
+    held, missed = np.maximum(score, 0.0), np.minimum(score, 0.0)
+    way = np.cumsum(curve.arc * np.exp(-held * (held / 2 + _EARLY)))
+    chance = ndtr(score) + way / (2 * math.pi) * np.exp(-(missed**2) / 2)
+    return ndtri(np.clip(chance, _TINY, 1 - _TINY))
+
+
 def _corners(points: Margins) -> list[float]:
     """Return where a cliff may begin: at the last point before half the dense margin is surely lost, or surely is not.
 
-    The second lies behind what looks like a loss and comes back.
+    The second lies behind what looks like a loss and comes back. A third is the last point before a sure miss, for much
+    may be lost early, and nothing more for long.
     """
     part, errors = _LOST * points.margin[0], np.sqrt(np.diag(points.covariance))
-    lost = points.margin + _Z * errors < part
+    lost, missed = (points.margin + _Z * errors < least for least in (part, 0.0))
     if not lost.any():
         return []
     before = slice(1, max(int(lost.argmax()), 1))
     held = np.flatnonzero(points.margin[before] - errors[before] >= part)
-    last = [before.stop - 1, int(held[-1]) + 1 if len(held) else 0]
-    return sorted({float(points.place[number]) for number in last})
+    last = {before.stop - 1, int(held[-1]) + 1 if len(held) else 0}
+    last |= {int(missed.argmax()) - 1} if missed.any() else set()
+    return sorted(float(points.place[number]) for number in last)
 
 
 def _mesh(place: np.ndarray, ended: bool) -> np.ndarray:

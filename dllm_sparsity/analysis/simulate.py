@@ -18,7 +18,7 @@ from dllm_sparsity.analysis.catalogue import WORLDS
 from dllm_sparsity.analysis.critical import PAPER_GRID
 from dllm_sparsity.analysis.search import LADDER, Goal, Limits, Search
 from dllm_sparsity.analysis.simulated_grids import DRAWS, Grid, grids
-from dllm_sparsity.analysis.worlds import Blend, BlendedSample, Sample, World
+from dllm_sparsity.analysis.worlds import Blend, BlendedSample, Sample, World, only_falls
 
 NARROWEST, WIDEST = 0.002, 0.25
 """Between these a search is asked for an interval."""
@@ -179,17 +179,20 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   {median:.1f}, of all lines together 1 in {together:.1f}. The others have gone through all items while the interval is
   still wider than the grid's: it is read off few strengths, most of them measured on some of the items.
 - `too low` and `too high` are the shares of intervals that lie wholly below and above the truth. In {studies}
-  studies, a true 95 % shows within {within:.1f} points of it, in 19 lines of 20; all together hold it in {held:.1f} %.
+  studies, a true 95 % shows within {within:.1f} points of it, in 19 lines of 20. All lines together hold it in
+  {held:.1f} %: the {falling} of which quality only falls in {monotone:.1f} %, the other {rising} in {others:.1f} %.
 - A search takes for granted that the curve is smooth, the more so where little is dropped: it reads a place from what
   was measured beside it. An early, narrow and shallow fall that comes back, as in `accuracy, wavy`, is often not told
   from a miss, and the interval then reaches from there to the last crossing; to tell takes most items at several low
   strengths, as a grid spends them.
-- Behind the last point before half the dense margin is surely lost, or the last of them where it surely is not, the
-  curve may bend thirty to three hundred times as much, where the points say so: else a long flat part, as in the lines
-  with a cliff or a brink, would put the fall right behind the last strength that was measured before it. An end of a
-  narrow interval is measured before it is believed, where no strength lies near it, as of `NLL, break`.
-- The weak spot is accuracy that stays above the threshold by no more than one or two standard errors for long, and then
-  falls. At the corner the smooth curve comes out too low, and intervals end before it. Held in less than 90 %: {weak}.
+- Behind the last point before half the dense margin is surely lost, the last of them where it surely is not, or the
+  last before a sure miss, the curve may bend ten to two hundred times as much, where the points say so: else a long
+  flat part, as in the lines with a cliff or a ledge, would put the fall right behind the last strength that was
+  measured before it. An end of a narrow interval is measured before it is believed, where no strength lies near it, as
+  of `NLL, break`.
+- A curve that runs close above the threshold for long, as in the lines with a ledge, has many places at which it may
+  come out as a miss. The upper end of an interval allows for all of them, by a bound on the chance that errors fall so
+  low anywhere on the way. Held in less than 90 %: {weak}.
 - Where no strength fails, the answer is one-sided, and it holds when its low end is not above the truth.
 - A search goes through the items {passes:.1f} times for a curve, on the mean of the lines.
 - Widths and sparsities are in points of a hundred.
@@ -221,7 +224,8 @@ def page(tallies: Sequence[Tally], studies: int, count: int) -> str:
         studies: Searches of each.
         count: Grids of each.
     """
-    ratios, spent = np.array([(own.at_width(own.asked), own.spent) for own in tallies]).T
+    ratios, spent, covered = np.array([(own.at_width(own.asked), own.spent, own.covered) for own in tallies]).T
+    falls = np.array([only_falls(own.world.margin) for own in tallies])
     return _TEXT.format(
         studies=studies,
         grids=count,
@@ -229,7 +233,11 @@ def page(tallies: Sequence[Tally], studies: int, count: int) -> str:
         draws=DRAWS,
         passes=float(spent.mean()),
         together=float((ratios * spent).sum() / spent.sum()),
-        held=100 * float(np.mean([own.covered for own in tallies])),
+        held=100 * float(covered.mean()),
+        falling=int(falls.sum()),
+        monotone=100 * float(covered[falls].mean()),
+        rising=int((~falls).sum()),
+        others=100 * float(covered[~falls].mean()),
         cheap=int((ratios >= _SIXTH).sum()),
         lines=len(ratios),
         median=float(np.median(ratios)),

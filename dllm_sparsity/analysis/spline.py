@@ -37,6 +37,7 @@ class Smooth:
         mean: The curve of each way, (ways, mesh).
         own: Its variance.
         scatter: The part of that which comes from the errors of the points; the rest is how it may bend between them.
+        along: The covariance of each place with the next, (ways, mesh less one).
         gains: By how much the variance would fall with one more point, (mesh, places).
     """
 
@@ -45,6 +46,7 @@ class Smooth:
     mean: np.ndarray
     own: np.ndarray
     scatter: np.ndarray
+    along: np.ndarray
     gains: np.ndarray
 
     @cached_property
@@ -61,6 +63,14 @@ class Smooth:
     def noise(self) -> np.ndarray:
         """Return the part of it that comes from the errors of the points."""
         return np.sqrt(self.weight @ self.scatter)
+
+    @cached_property
+    def arc(self) -> np.ndarray:
+        """Return how far each place is from the one before, as the angle whose cosine is their errors' correlation."""
+        off = self.mean - self.value
+        covariance = self.weight @ (self.along + off[:, :-1] * off[:, 1:])
+        errors = np.maximum(self.error[:-1] * self.error[1:], _NONE)
+        return np.concatenate([[0.0], np.arccos(np.clip(covariance / errors, -1.0, 1.0))])
 
     def score(self, times: np.ndarray | float = 1.0) -> np.ndarray:
         """Return how many standard errors of a normal the curve lies above zero with the chance that the ways give it.
@@ -120,6 +130,8 @@ def smooth(
     means = drawn @ height
     own = bends[..., 0] * (_walks(mesh, mesh, corners)[way] - (across * pulled).sum(1))
     own += ((lack @ unsure) * lack).sum(2)
+    along = bends[..., 0] * (_walks(mesh[:-1], mesh[1:], corners)[way] - (across[..., :-1] * pulled[..., 1:]).sum(1))
+    along += ((lack[:, :-1] @ unsure) * lack[:, 1:]).sum(2)
     gains = np.zeros((len(mesh), 0))
     if more is not None:
         at = mesh[::EVERY]
@@ -131,7 +143,7 @@ def smooth(
         left = bends[..., 0] * _walks(at, at, corners)[way] + more[1] - (there * behind).sum(1)
         left += ((short @ unsure) * short).sum(2)
         gains = np.tensordot(weights, shared**2 / np.maximum(left, covariance[0, 0])[:, None], 1)
-    return Smooth(mesh, weights, means, np.maximum(own, 0.0), ((drawn @ covariance) * drawn).sum(2), gains)
+    return Smooth(mesh, weights, means, np.maximum(own, 0.0), ((drawn @ covariance) * drawn).sum(2), along, gains)
 
 
 def _ways(

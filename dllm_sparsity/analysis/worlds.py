@@ -174,9 +174,17 @@ class Blend:
         """Return the items of the smallest block."""
         return self.mixture.least
 
+    def margin(self, strength: np.ndarray) -> np.ndarray:
+        """Return the average's margin at strengths between 0, dense, and 1.
+
+        Args:
+            strength: The strengths.
+        """
+        return np.mean([world.margin(strength) for world in self.worlds], axis=0)
+
     def truth(self) -> tuple[float, bool]:
         """Return the critical sparsity of the average, and whether there is none below the end of the range."""
-        return crossing(lambda strength: np.mean([world.margin(strength) for world in self.worlds], axis=0))
+        return crossing(self.margin)
 
     def draw(self, seed: int) -> BlendedSample:
         """Return the items of one study.
@@ -216,6 +224,15 @@ def crossing(margin: Callable[[np.ndarray], np.ndarray]) -> tuple[float, bool]:
     mesh = np.linspace(0, 1, 200_001)
     below = margin(mesh) < 0
     return (float(sparsity_at(mesh[below.argmax()])), False) if below.any() else (float(sparsity_at(1.0)), True)
+
+
+def only_falls(margin: Callable[[np.ndarray], np.ndarray]) -> bool:
+    """Tell whether a margin nowhere rises.
+
+    Args:
+        margin: The margin at strengths.
+    """
+    return bool((np.diff(margin(np.linspace(0, 1, 1001))) <= 0).all())
 
 
 def sparsity_at(strength: np.ndarray | float) -> np.ndarray:

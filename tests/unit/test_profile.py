@@ -13,7 +13,8 @@ from dllm_sparsity.analysis import spline
 from dllm_sparsity.analysis.catalogue import WORLDS
 from dllm_sparsity.analysis.column import Column, Threshold
 from dllm_sparsity.analysis.critical import PAPER_GRID
-from dllm_sparsity.analysis.profile import _corners, profile
+from dllm_sparsity.analysis.margins import margins
+from dllm_sparsity.analysis.profile import _anywhere, _corners, profile
 from dllm_sparsity.analysis.spline import Smooth, smooth
 
 BY_NAME = {world.name: world for world in WORLDS}
@@ -97,10 +98,51 @@ def test_the_score_of_one_way_to_bend_is_its_curve_in_standard_errors(monkeypatc
 
 def test_the_score_of_ways_that_disagree_is_that_of_their_chances():
     weight, mean = np.array([0.9, 0.1]), np.array([[-6.0], [0.0]])
-    curve = Smooth(np.zeros(1), weight, mean, np.ones((2, 1)), np.zeros((2, 1)), np.zeros((1, 0)))
+    curve = Smooth(np.zeros(1), weight, mean, np.ones((2, 1)), np.zeros((2, 1)), np.zeros((2, 0)), np.zeros((1, 0)))
     chance = 0.9 * NormalDist().cdf(-6) + 0.1 * NormalDist().cdf(0)
     assert curve.score()[0] == pytest.approx(NormalDist().inv_cdf(chance))
     assert curve.value[0] / curve.error[0] < -1.96 < curve.score()[0]  # one normal as wide as both is told from zero
+
+
+def test_the_chance_to_come_out_low_anywhere_is_that_of_a_known_process():
+    angle = np.linspace(0, 2.0, 401)
+    along = np.cos(np.diff(angle))[None]
+    flat, whole = np.zeros((1, 401)), np.ones((1, 401))
+    curve = Smooth(angle, np.ones(1), flat, whole, whole, along, np.zeros((401, 0)))
+    np.testing.assert_allclose(curve.arc, np.diff(angle, prepend=0.0), atol=1e-9)
+    waves = np.random.default_rng(0).normal(size=(20_000, 2)) @ np.stack([np.cos(angle), np.sin(angle)])
+    for low in (-1.7, -2.3):
+        chance = NormalDist().cdf(_anywhere(curve, np.full(401, low))[-1])
+        assert (waves.min(1) < low).mean() == pytest.approx(chance, abs=0.006)
+    sure = _anywhere(curve, np.append(np.full(400, 9.0), -2.0))[-1]
+    assert sure == pytest.approx(-2.0, abs=0.05)  # what surely holds tells nothing
+
+
+def test_a_long_stretch_on_the_threshold_is_seldom_taken_for_a_miss():
+    place, rng = np.linspace(0, 0.6, 9), np.random.default_rng(0)
+    covariance, mesh, missed = np.diag([1e-12] + [1e-6] * 8), np.linspace(0, 0.6, 97), 0
+    for _ in range(300):
+        height = np.append(0.003, rng.normal(0, 1e-3, 8))
+        curve = smooth(place, height, covariance, mesh)
+        score = curve.score()
+        missed += (_anywhere(curve, score) < NormalDist().inv_cdf(0.05)).any()
+    assert missed <= 22  # 5 % and two standard errors; 29 by the score alone, at half that rate
+
+
+def test_a_strength_that_lost_few_by_luck_weighs_less():
+    world = BY_NAME["accuracy, few easy items, fails at once"]
+    items, sample = world.items, world.draw(18)
+    sparse = [sample.column(strength, 0, most) for strength, most in ((0.02, 444), (0.05, 388), (0.3, 64))]
+    points = margins(sample.column(0.0, 0, items), sparse, world.threshold)
+    before, after = (np.sqrt(np.diag(own.covariance)) for own in (points, points.supposed(np.zeros(4))))
+    lucky = points.margin > 0
+    assert lucky.tolist() == [True, True, False, False]
+    np.testing.assert_array_equal(after[[0, 2, 3]], before[[0, 2, 3]])  # dense, and what came out low
+    lost = 444 * (points.margin[0] - points.margin[1])
+    assert lost < 1  # 4.4 in the mean
+    assert before[1] < 0.5 * after[1] < 0.5 * np.sqrt(points.margin[0] / 444)
+    nll = replace(points, _threshold=Threshold(0.99, logarithmic=True, bounded=False))
+    assert nll.supposed(np.zeros(4)) is nll
 
 
 def test_a_dip_that_comes_back_is_not_where_a_cliff_begins():
@@ -112,6 +154,7 @@ def test_a_dip_that_comes_back_is_not_where_a_cliff_begins():
     assert corners([0.01, 0.0055, 0.01, 0.01, 0.0055, 0.0055, -0.1, -0.2, -0.3]) == [0.3, 0.5]
     assert corners([0.01, 0.0055, 0.01, -0.1]) == [0.533]
     assert corners([0.01, -0.1, -0.2]) == [0.0]
+    assert corners([0.01, 0.002, 0.002, 0.002, -0.1]) == [0.0, 0.6]  # much is lost early, and nothing more for long
     assert corners([0.01, 0.01, 0.01]) == []
 
 
@@ -139,7 +182,7 @@ def test_nothing_is_asked_of_what_lies_behind_a_sure_miss():
     mesh = np.linspace(0, 1, 101)
     value = np.where(mesh < 0.2, 1.0, np.where(mesh < 0.3, -1.0, 0.0))
     narrow = np.full((1, 101), 0.04)
-    curve = Smooth(mesh, np.ones(1), value[None], narrow, narrow, np.zeros((101, 0)))
+    curve = Smooth(mesh, np.ones(1), value[None], narrow, narrow, np.zeros((1, 100)), np.zeros((101, 0)))
     assert replace(found, low=0.1, high=1.0, curve=curve).doubt() < 0.01
     assert replace(found, low=0.1, high=1.0, curve=replace(curve, mean=np.abs(value)[None])).doubt() > 0.1
 
