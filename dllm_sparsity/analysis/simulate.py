@@ -61,7 +61,7 @@ class Tally:
     @property
     def cheaper(self) -> float:
         """Return the grid's item-evaluations in those of the search."""
-        return len(PAPER_GRID) / self.spent
+        return len(PAPER_GRID) * self.grid.items / (self.spent * self.world.items)
 
     def at_width(self, width: float) -> float:
         """Return the same for a grid that has a width with all its items, and needs fewer where the search is wider.
@@ -163,8 +163,9 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   crossing. Items of a group share half the variance of difficulty and change, and are counted together.
 - An `average` is that of the tasks' quality against that of their sparsity, every task counting the same, whatever
   its items. A search takes them in an order of which every stretch holds all tasks, and of a large task at most eight
-  times the items of the smallest.
-- The search's constants were chosen by all lines but those marked as held out, which were drawn after them.
+  times the items of the smallest; the grid takes them all.
+- The search's constants were chosen by all lines but those marked as held out, which were drawn after them; a last
+  step, in how many errors an end of the interval takes, was made when those had been seen once.
   `NLL, to and fro` falls short of the threshold by little and comes back, and is why an interval reaches back to any
   earlier place that may be a miss.
 - The grid's values are moved by at most half a step, in each study by another part, as no curve knows where they lie.
@@ -191,7 +192,7 @@ otherwise, and on so many simulated grids of the paper's 26 values on as many it
   measured before it. An end of a narrow interval is measured before it is believed, where no strength lies near it, as
   of `NLL, break`.
 - A curve that runs close above the threshold for long, as in the lines with a ledge, has many places at which it may
-  come out as a miss. The upper end of an interval allows for all of them, by a bound on the chance that errors fall so
+  come out as a miss. The upper end of an interval allows for them, after a bound on the chance that errors fall so
   low anywhere on the way. Held in less than 90 %: {weak}.
 - Where no strength fails, the answer is one-sided, and it holds when its low end is not above the truth.
 - A search goes through the items {passes:.1f} times for a curve, on the mean of the lines.

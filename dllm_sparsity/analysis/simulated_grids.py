@@ -20,12 +20,14 @@ class Grid:
 
     Args:
         count: How many.
+        items: Items of each; of an average all that its tasks have, where a search may leave some out.
         covered: Share whose bootstrap interval holds the truth.
         width: Mean width of those.
         stretch: By how much they have to be drawn out about the reading so that 95 % hold the truth; at least 1.
     """
 
     count: int
+    items: int
     covered: float
     width: float
     stretch: float
@@ -73,6 +75,7 @@ def grids(world: World | Blend, count: int) -> Grid:
     needed = np.where(truth > read, above, (read - truth) / np.maximum(read - low, _TINY))
     return Grid(
         count,
+        sum(own.items for own in (world.worlds if isinstance(world, Blend) else (world,))),
         covered=float(((low <= truth + _TINY) & (beyond | (truth <= high))).mean()),
         width=float((high - low).mean()),
         stretch=max(1.0, float(np.quantile(needed, 0.95))),

@@ -114,6 +114,13 @@ def test_intervals_of_averages_cover(name):
     assert found.spent < 26 / 5
 
 
+def test_a_grid_of_an_average_takes_the_items_that_a_search_leaves_out():
+    world = BLENDS["average of 4 tasks of 200 to 4000 items, accuracy"]
+    found = tally(world, studies=1, count=2)
+    assert (found.grid.items, world.items) == (5800, 3400)
+    assert found.cheaper == pytest.approx(26 * 5800 / (found.spent * 3400))
+
+
 def test_the_search_and_the_grid_of_an_average_agree():
     world = BLENDS["average of 3 tasks, NLL"]
     goal, _ = search_study(world.draw(3), Limits(0.02, world.items, least=world.least))
