@@ -17,7 +17,7 @@ ENTRIES = st.one_of(
     st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0]),
 )
 ROWS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12), elements=ENTRIES)
-SHARES = st.floats(0, 1)
+SHARES = st.floats(0, 1).filter(lambda p: p == 0 or p > 1e-20)  # a smaller one of a small entry underflows
 RULES = st.sampled_from(registry.names("rules"))
 EASY = settings(max_examples=120, deadline=None)
 
