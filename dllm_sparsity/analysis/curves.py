@@ -100,8 +100,12 @@ def curves_of(cells: Sequence[Cell], draws: int = DRAWS, seed: int = SEED) -> tu
     groups, notes = groups_of(cells)
     curves = []
     for group in groups:
-        paired = pair([group.dense, *group.cells], f"{group.rule} at {group.site}")
+        paired = pair([group.dense, *group.cells])
         notes += paired.notes
+        task, model = group.dense.record["task"], group.dense.record["model"]
+        if paired.left_out and not group.is_searched:  # a search has other items at each strength, and uses them all
+            where = f"{task} on {model}, {group.rule} at {group.site},"
+            notes.append(f"{paired.left_out} items of {where} are not in every cell and are left out")
         sites = [achieved(cell, table, group.site) for cell, table in zip(_cells(group), paired.tables, strict=True)]
         ffn = group.dense.record["ffn"]
         flops = [
@@ -114,10 +118,9 @@ def curves_of(cells: Sequence[Cell], draws: int = DRAWS, seed: int = SEED) -> tu
             values = [pairs(quality, table, paired.tables[0]) for table in paired.tables]
             counted = np.asarray(np.isfinite(np.array(values)).all((0, 1)))
             if not counted.any():
-                notes.append(f"{quality['name']} of {group.dense.record['task']} has no value for any item")
+                notes.append(f"{quality['name']} of {task} has no value for any item")
                 continue
             if missing := len(counted) - int(counted.sum()):
-                task, model = group.dense.record["task"], group.dense.record["model"]
                 notes.append(
                     f"{missing} items of {task} on {model} have no finite {quality['name']} and are left out of it"
                 )

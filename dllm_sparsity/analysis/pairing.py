@@ -21,11 +21,13 @@ class Paired:
     Args:
         keys: Task, document and filter of each item.
         tables: One table per cell; row i of each is item i.
-        notes: What was left out, in words.
+        left_out: Items that are not in every cell, at least.
+        notes: What else is not shown, in words.
     """
 
     keys: tuple[Key, ...]
     tables: tuple[pa.Table, ...]
+    left_out: int
     notes: tuple[str, ...]
 
 
@@ -36,14 +38,13 @@ class _Source:
     remedy: str
 
 
-def pair(cells: Sequence[Cell], curve: str = "") -> Paired:
+def pair(cells: Sequence[Cell]) -> Paired:
     """Pair the items of cells; the first cell names the filter.
 
     A task with several answer filters has a row for each; the first one in the first cell is used.
 
     Args:
         cells: The dense cell first.
-        curve: Which curve of the task they are of, for the notes.
 
     Raises:
         UserError: An item occurs twice, was another document or another prompt, or nothing is shared.
@@ -57,7 +58,7 @@ def pair(cells: Sequence[Cell], curve: str = "") -> Paired:
         )
         for cell in cells
     ]
-    return _pair(sources, record["task"], f"task {record['task']} on {record['model']}", curve)
+    return _pair(sources, record["task"], f"task {record['task']} on {record['model']}")
 
 
 def pair_tables(tables: Sequence[pa.Table]) -> Paired:
@@ -91,7 +92,7 @@ def item_groups(samples: pa.Table) -> np.ndarray | None:
     return np.array([numbers[label] for label in named], dtype=np.int64) if 1 < len(numbers) < len(named) else None
 
 
-def _pair(sources: Sequence[_Source], task: str, place: str, curve: str = "") -> Paired:
+def _pair(sources: Sequence[_Source], task: str, place: str) -> Paired:
     filters = sources[0].table["filter"].unique().to_pylist()
     chosen = filters[0] if filters else None
     rows = [_rows(source, chosen) for source in sources]
@@ -110,10 +111,7 @@ def _pair(sources: Sequence[_Source], task: str, place: str, curve: str = "") ->
     notes = []
     if len(filters) > 1:
         notes.append(f"{task} has the filters {', '.join(map(str, filters))}; {chosen} is shown")
-    if dropped := max(map(len, rows)) - len(shared):
-        where = place.removeprefix("task ") + (f", {curve}," if curve else "")
-        notes.append(f"{dropped} items of {where} are not in every cell and are left out")
-    return Paired(tuple(shared), tables, tuple(notes))
+    return Paired(tuple(shared), tables, max(map(len, rows)) - len(shared), tuple(notes))
 
 
 def _rows(source: _Source, chosen: str | None) -> dict[Key, int]:

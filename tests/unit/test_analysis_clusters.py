@@ -176,6 +176,9 @@ def test_what_the_notes_say_of_items_that_are_left_out():
         "5 items of t on autoregressive, top_p at input, are not in every cell and are left out",
         "10 items of t on autoregressive, top_p at up, are not in every cell and are left out",
     ]
+    for cell in cells:  # of a search, whose answer uses them all
+        cell.record["parts"] = {"block": [0, len(cell.samples)]}
+    assert curves_of(cells, 10)[1] == []
 
 
 def test_what_the_notes_say_of_groups():
