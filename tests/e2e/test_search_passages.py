@@ -12,7 +12,7 @@ ITEMS, PASSAGES = 96, 88
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("passages")
     rows = [
         {"passage": f"Scene {n % PASSAGES}. She sat down and", "choices": [" sang.", " stone."]} for n in range(ITEMS)
@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
     (folder / "scenes.yaml").write_text(yaml.safe_dump(task))
     study = {
         "name": "passages",
-        "models": [{"paradigm": "autoregressive", "model": "embedded:autoregressive", "batch_size": 64}],
+        "models": [{"paradigm": "autoregressive", "model": str(material / "ar"), "batch_size": 64}],
         "tasks": [{"name": str(folder / "scenes.yaml")}, {"name": "easy_endings", "limit": 40}],
         "rules": [{"name": "top_p", "sites": ["intermediate"]}],
         "search": {"quality": "nll", "width": 0.001},
