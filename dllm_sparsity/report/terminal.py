@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich.console import Group
@@ -42,7 +43,7 @@ def render(summary: dict[str, Any]) -> Group:
     table.add_column("", max_width=9, overflow="fold")
     for name, width in (("dense", 16), (f"sparsity at {kept}" if len(asked) == 1 else "sparsity", 21), ("tok/fwd", 7)):
         table.add_column(name, justify="right", max_width=width, overflow="fold")
-    several_rules = len({row["rule"] for row in rows}) > 1
+    several_rules, called = len({row["rule"] for row in rows}) > 1, _names(summary, rows)
     task = previous = model = None
     for row in rows:
         place = (row["task"], row["site"], row["rule"])
@@ -55,10 +56,7 @@ def render(summary: dict[str, Any]) -> Group:
         dense = f"{words.quality(row['dense'], row['kind'])} {_UNITS.get(row['kind'], '')}".rstrip()
         table.add_row(
             _text("" if place == previous else shown),
-            _text(
-                "" if again else str(_SHORT.get(row["paradigm"], row["paradigm"])),
-                style=_STYLES.get(row["paradigm"], ""),
-            ),
+            _text("" if again else called[row["paradigm"], row["model"]], style=_STYLES.get(row["paradigm"], "")),
             _text("" if again else dense),
             _text(
                 at + words.critical(row | {"value": row["critical"]}).replace(" %", "").replace(words.NOTHING, "none")
@@ -79,22 +77,22 @@ def render(summary: dict[str, Any]) -> Group:
         told = ", ".join(f"{task} ({items})" for task, items in few.items())
         explained += f" On so few items an interval is rough: {told}."
     reasons = without_answer(
-        (row["task"], _SHORT.get(row["paradigm"], row["paradigm"]), row["site"], _why(row)) for row in rows
+        (row["task"], called[row["paradigm"], row["model"]], row["site"], _why(row)) for row in rows
     )
     told, more = summary["notes"][:_NOTES], len(summary["notes"][_NOTES:])
     told += [f"the report has {more} more note{'s'[: more - 1]}"] if more else []
     notes = [_text(f"note: {note}") for note in [*reasons, *told]]
     if not rows:
         nothing = _text("no curve yet: a dense cell and a cell with a rule must both be finished")
-        return Group(Padding(nothing, (0, 0, 1, 0)), *_ends(summary, several_rules), *notes)
+        return Group(Padding(nothing, (0, 0, 1, 0)), *_ends(summary, several_rules, called), *notes)
     once = [row for row in rows if row["retention"] == asked[0]]
-    against = _against_dense(summary, once, several_rules)
+    against = _against_dense(summary, once, several_rules, called)
     layerwise = [Padding(_text(words), (0, 0, 1, 0)) for words in allocation_findings(summary.get("search"))]
     return Group(
         table,
         Padding(_text(explained), (1, 0, 1, 0)),
         *layerwise,
-        *_ends(summary, several_rules),
+        *_ends(summary, several_rules, called),
         against,
         Padding(_text(_AGAINST), (1, 0, 0, 0)),
         *notes,
@@ -105,7 +103,14 @@ def _why(row: dict[str, Any]) -> str | None:
     return row["reason"] and row["reason"] + (": shown by NLL" if row["stands_in_for"] else "")
 
 
-def _ends(summary: dict[str, Any], several_rules: bool) -> list[Padding]:
+def _names(summary: dict[str, Any], rows: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """Return what each model is called: its paradigm where it is alone there, else its name."""
+    models = list(dict.fromkeys((row["paradigm"], row["model"]) for row in [*rows, *ends(summary.get("search"))]))
+    count = Counter(paradigm for paradigm, _ in models)
+    return {own: own[1] if count[own[0]] > 1 else str(_SHORT.get(own[0], own[0])) for own in models}
+
+
+def _ends(summary: dict[str, Any], several_rules: bool, called: dict[tuple[str, str], str]) -> list[Padding]:
     """Return why each search stopped and what it took; nothing where there was none."""
     rows = ends(summary.get("search"))
     several = len({row["retention"] for row in rows}) > 1
@@ -121,12 +126,14 @@ def _ends(summary: dict[str, Any], several_rules: bool) -> list[Padding]:
             task = row["task"]
         at = f"{100 * row['retention']:g} %: " if several else ""
         shown = "  " + ", ".join([row["site"], *([row["rule"]] if several_rules else [])])
-        told = (shown, str(_SHORT.get(row["paradigm"], row["paradigm"])), at + row["ended"], row["evaluations"])
+        told = (shown, called[row["paradigm"], row["model"]], at + row["ended"], row["evaluations"])
         table.add_row(*map(_text, told))
     return [Padding(table, (0, 0, 1, 0))] if rows else []
 
 
-def _against_dense(summary: dict[str, Any], rows: list[dict[str, Any]], several_rules: bool) -> Table:
+def _against_dense(
+    summary: dict[str, Any], rows: list[dict[str, Any]], several_rules: bool, called: dict[tuple[str, str], str]
+) -> Table:
     """Return the least sparse cell of each row that is worse than dense, and what the cell before it could show."""
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", expand=False)
     table.add_column("against dense", max_width=20, overflow="fold")
@@ -149,7 +156,7 @@ def _against_dense(summary: dict[str, Any], rows: list[dict[str, Any]], several_
         least = None if before is None else before["smallest_detectable"]
         table.add_row(
             _text("" if place == previous else shown),
-            _text(str(_SHORT.get(row["paradigm"], row["paradigm"])), style=_STYLES.get(row["paradigm"], "")),
+            _text(called[row["paradigm"], row["model"]], style=_STYLES.get(row["paradigm"], "")),
             _text(at or "none"),
             _text(words.NOTHING if least is None else amounts([least], row["kind"])[0]),
         )

@@ -78,6 +78,8 @@ def _write(path: Path, content: bytes) -> Path:
         hint = "choose a folder that you may write to with --out"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "free some space, then run the same command again; all cells are kept"
+        if error.errno in (errno.EISDIR, errno.EEXIST, errno.ENOTDIR):
+            hint = "something else stands there: move it away, then run the same command again; all cells are kept"
         raise UserError(f"cannot write {path}: {error.strerror}", hint) from error
     return path
 

@@ -141,7 +141,7 @@ class StudyConfig(_Frozen):
     """A whole study."""
 
     name: str = Field(default="study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
@@ -164,6 +164,9 @@ class StudyConfig(_Frozen):
         tasks = [task.name or Path(task.text or "").stem for task in self.tasks]
         if len(set(tasks)) < len(tasks):
             raise ValueError("a task is named twice; use two studies, or rename the text file")
+        curves = [(rule.name, site, repr(rule.parameters), rule.layers) for rule in self.rules for site in rule.sites]
+        if self.search and (twice := next((own for own in curves if curves.count(own) > 1), None)):
+            raise ValueError(f"rule {twice[0]} would be searched twice at {twice[1]}; give it there once")
         return self
 
 
@@ -222,14 +225,14 @@ def build_config(data: dict[str, Any], source: str = "the study") -> StudyConfig
     except ValidationError as error:
         found = error.errors()
         first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])  # most likely a typo
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        where = ".".join(str(part) for part in first["loc"])
         hint = "the files in configs/ comment every field"
         if first["type"] == "extra_forbidden":
             where, hint = (
                 f"{where}{did_you_mean(str(first['loc'][-1]), _known_fields(first['loc']))}",
                 "remove or rename it",
             )
-        raise UserError(f"{source}: {where}: {_plainly(first)}", hint) from error
+        raise UserError(": ".join(filter(None, [source, where, _plainly(first)])), hint) from error
     _check_names(config)
     _check_layerwise(config)
     return config
@@ -246,6 +249,8 @@ def _plainly(error: Any) -> str:
         return f"give at least {given['min_length']}"
     if kind == "missing":
         return "this field is missing"
+    if kind == "string_pattern_mismatch":
+        return "take letters, digits, and . _ - behind the first of them"
     return error["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
 
 

@@ -64,7 +64,7 @@ Asks = Generator[tuple[Cell, LoadedTask], Path, None]
 
 
 def expand(config: StudyConfig) -> list[Cell]:
-    """Return the cells of a study: for each model and task dense runs, then each rule, site and strength.
+    """Return the cells of a study: for each model and task dense runs, then each rule, site and strength, once.
 
     Args:
         config: The study.
@@ -77,9 +77,15 @@ def expand(config: StudyConfig) -> list[Cell]:
             if config.replicates or any(rule.strengths for rule in config.rules):
                 dense = Cell(model, task, None, None, None, recorded)
                 cells += [replace(dense, replicate=number) for number in range(config.replicates + 1)]
-            for rule in config.rules:
-                for site in rule.sites:
-                    cells += [Cell(model, task, rule, s, site, _primitive(site)) for s in dict.fromkeys(rule.strengths)]
+            sparse = {
+                (rule.name, repr(rule.parameters), rule.layers, site, s): Cell(
+                    model, task, rule, s, site, _primitive(site)
+                )
+                for rule in config.rules
+                for site in rule.sites
+                for s in rule.strengths
+            }
+            cells += sparse.values()
     return cells
 
 

@@ -243,6 +243,13 @@ def test_a_name_of_several_is_refused_and_the_long_one_is_not(run, path):
         assert run("compare", path, "--dry-run", "--fail-if", wrong)[0] == 1
 
 
+def test_a_rule_in_two_entries_is_one_curve_to_ask_about(run, path):
+    fields = yaml.safe_load(path.read_text())
+    fields["rules"].append({"name": "top_p", "strengths": [0.25], "sites": ["input"]})
+    path.write_text(yaml.safe_dump(fields))
+    assert run("compare", path, "--dry-run", "--fail-if", "difference.tiny_choice.input < 0")[0] == 0
+
+
 def test_a_run_refuses_a_condition_that_cannot_be_asked(run, path, tmp_path):
     code, out, err = run("compare", path, "--fail-if", "critical.tiny_choice.input.difusion < 1")
     assert (code, out) == (1, "")

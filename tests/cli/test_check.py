@@ -463,7 +463,10 @@ def test_keys_that_an_anchor_brings_along_are_not_given_twice(tmp_path):
         ("search: true\n", "search: give fields, each as name: value"),
         ("search: {retentions: [99]}\n", "between 0 and 1; for 99 % give 0.99"),
         ("rules: top_p\n", "rules: give a list, such as [a, b]"),
-        ("rules: [{name: top_p}]\n", "the whole: give each rule at least one of strengths"),
+        ("rules: [{name: top_p}]\n", "study.yaml: give each rule at least one of strengths"),
+        ("rules: [{name: top_p, sites: [up, up]}]\nsearch: {}\n", "rule top_p would be searched twice at up; give it"),
+        ("seed: 9223372036854775808\n", "seed: should be less than 9223372036854775808"),
+        ("name: ..\n", "name: take letters, digits, and . _ - behind"),
     ],
 )
 def test_wrong_fields_are_told_in_plain_words(tmp_path, text, message):

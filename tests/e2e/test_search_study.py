@@ -49,6 +49,21 @@ def test_the_answer_is_told_everywhere(finished):
     assert "AR twin" in finished.report.read_text()
 
 
+def test_two_models_of_one_paradigm_are_told_by_name(finished):
+    def shown(summary):
+        text = io.StringIO()
+        Console(file=text, width=80).print(render(summary))
+        return text.getvalue()
+
+    summary = json.loads(json.dumps(finished.summary))
+    assert "AR twin" not in shown(summary)  # it is called AR
+    for curves in (summary["curves"], summary["search"]["curves"]):
+        curves += [own | {"model": "AR other"} for own in curves]
+    told = shown(summary).splitlines()
+    for name in ("AR twin", "AR other"):
+        assert sum(name in line for line in told) == 4  # its answers, how the search ended for each, and against dense
+
+
 def test_every_block_is_a_sealed_cell_of_its_own_items(finished):
     blocks = {}
     for path in finished.path.glob("cells/*/cell.json"):

@@ -46,6 +46,13 @@ def mark(cell, **changed):
 
 @settings(deadline=None)
 @given(studies)
+def test_a_rule_that_is_given_twice_is_planned_once(study):
+    twice = study.model_copy(update={"rules": (*study.rules, *study.rules)})
+    assert list(map(mark, expand(twice))) == list(map(mark, expand(study)))
+
+
+@settings(deadline=None)
+@given(studies)
 def test_every_cell_is_planned_once(study):
     cells = expand(study)
     each = sum(len(rule.sites) * len(set(rule.strengths)) for rule in study.rules)

@@ -299,3 +299,15 @@ def test_a_result_file_cannot_steer_the_terminal(tmp_path):
     console = Console(width=80, force_terminal=True, color_system=None, record=True, file=open("/dev/null", "w"))
     console.print(render(summary(load(run_dir), draws=50)))
     assert "\x1b" not in console.export_text(styles=False)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "report.html", "tables"])
+def test_what_stands_in_a_files_place_is_to_be_moved_away(tmp_path, name):
+    run = write_study(tmp_path / "study", items=4, layers=1, steps=1, sites=("intermediate",), strengths=(0.9,))
+    if name == "tables":
+        (run / name).write_text("no folder")
+    else:
+        (run / name).mkdir()
+    with pytest.raises(UserError) as caught:
+        write_report(run)
+    assert "move it away, then run the same command again" in caught.value.hint
