@@ -129,7 +129,7 @@ def _names_ahead(config: StudyConfig, tasks: Iterable[str]) -> tuple[set[str], d
     layerwise = config.search is not None and config.search.layerwise  # its curves may be there, or not
     paradigms = [model.paradigm for model in config.models]
     for task, site in product(tasks, dict.fromkeys(site for rule in config.rules for site in rule.sites)):
-        rules = len({(rule.name, repr(rule.parameters), rule.layers) for rule in config.rules if site in rule.sites})
+        rules = len({rule.identity for rule in config.rules if site in rule.sites})
         for paradigm, kind in product(dict.fromkeys(paradigms), ("dense", "critical")):
             place = f"{kind}.{_dotted(task, site, paradigm)}"
             alone = rules * paradigms.count(paradigm) == 1 and not layerwise

@@ -105,6 +105,11 @@ class RuleConfig(_Frozen):
     layers: tuple[int, ...] | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells its curves at a site from those of other entries: all but strengths and sites."""
+        return self.name, repr(self.parameters), self.layers
+
 
 FEWEST_LAYERWISE_ITEMS = 16
 
@@ -164,9 +169,9 @@ class StudyConfig(_Frozen):
         tasks = [task.name or Path(task.text or "").stem for task in self.tasks]
         if len(set(tasks)) < len(tasks):
             raise ValueError("a task is named twice; use two studies, or rename the text file")
-        curves = [(rule.name, site, repr(rule.parameters), rule.layers) for rule in self.rules for site in rule.sites]
+        curves = [(site, *rule.identity) for rule in self.rules for site in rule.sites]
         if self.search and (twice := next((own for own in curves if curves.count(own) > 1), None)):
-            raise ValueError(f"rule {twice[0]} would be searched twice at {twice[1]}; give it there once")
+            raise ValueError(f"rule {twice[1]} would be searched twice at {twice[0]}; give it there once")
         return self
 
 

@@ -78,9 +78,7 @@ def expand(config: StudyConfig) -> list[Cell]:
                 dense = Cell(model, task, None, None, None, recorded)
                 cells += [replace(dense, replicate=number) for number in range(config.replicates + 1)]
             sparse = {
-                (rule.name, repr(rule.parameters), rule.layers, site, s): Cell(
-                    model, task, rule, s, site, _primitive(site)
-                )
+                (rule.identity, site, s): Cell(model, task, rule, s, site, _primitive(site))
                 for rule in config.rules
                 for site in rule.sites
                 for s in rule.strengths
