@@ -107,16 +107,7 @@ def test_an_item_of_a_small_task_tells_more_when_it_changes():
     assert blend / one == pytest.approx((450 / 50 + 450 / 400) / 4)
 
 
-@pytest.mark.parametrize(  # of all, and with more studies, in COVERAGE.md
-    "name",
-    [
-        "average of 4 tasks of 200 to 4000 items, accuracy",
-        "average of 2 tasks, NLL",
-        "average of 2 tasks, accuracy, one with a cliff",
-        "average of 3 tasks, accuracy, one with a ledge",
-        "average of 3 tasks of 300 to 3000 items, accuracy, 98 % kept",
-    ],
-)
+@pytest.mark.parametrize("name", BLENDS)
 def test_intervals_of_averages_cover(name):
     found = tally(BLENDS[name], studies=60, count=20)
     assert found.covered >= 0.86  # seeds are fixed; of 60 studies at 95 %, 1 in 400 would lie below
